@@ -1,0 +1,7 @@
+"""Images: where they come from, how they are split, augmented and batched."""
+
+from robust_peft.data.catalog import Splits, digits, parquet
+from robust_peft.data.loaders import ImageSet, evaluation_loader, train_loader
+from robust_peft.data.transforms import CropFlip
+
+__all__ = ["CropFlip", "ImageSet", "Splits", "digits", "evaluation_loader", "parquet", "train_loader"]

@@ -1,0 +1,56 @@
+"""Weights from files into models: safetensors alone, so nothing of a file is ever executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copy a safetensors file's weights into a model of the same architecture.
+
+    A classifier head of another class count keeps its random weights; everything else has to fit.
+
+    Args:
+        model: Where to; weights are cast to its dtype.
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no safetensors file, or keys or shapes differ: they are counted, the first few named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The checkpoint {path} does not exist.")
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error}).") from error
+    own = model.state_dict()
+    # Two tensors of the right name and the wrong number of rows are a head for other classes.
+    other_head = {
+        key
+        for key, tensor in found.items()
+        if key in own and ("head" in key or "classifier" in key or key.startswith("fc"))
+        if tensor.shape != own[key].shape and tensor.shape[1:] == own[key].shape[1:]
+    }
+    missing = sorted(set(own) - set(found))
+    unexpected = sorted(set(found) - set(own))
+    misfit = sorted(k for k in set(own) & set(found) - other_head if own[k].shape != found[k].shape)
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misfit))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}: of its {len(own)} tensors {'; '.join(problems)}."
+        )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if key not in other_head:
+                tensor.copy_(found[key])

@@ -1,0 +1,177 @@
+"""Backbones by name, as modules that map pixels in [0, 1] to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robust_peft.models.checkpoints import load_weights
+from robust_peft.models.micro_swin import MEAN, STD, micro_swin
+from robust_peft.models.normalize import Normalized
+
+EMBEDDED_WEIGHTS = "micro_swin.safetensors"
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """What a name stands for, as ``robust-peft zoo`` shows it."""
+
+    name: str
+    architecture: str
+    weights: str
+    preprocessing: str
+
+
+ENTRIES = (
+    ZooEntry(
+        "micro_swin",
+        "Swin, 3.1 M parameters, 32 px, convolutional stem, depths 2 and 6",
+        "in this package; trained adversarially on CIFAR-10, L-inf 8/255",
+        "CIFAR-10 mean and std inside the model",
+    ),
+    ZooEntry("timm/NAME", "any timm classifier", "timm's own, from the Hub", "timm's mean and std inside the model"),
+    ZooEntry("hf/NAME", "any transformers image classifier", "from the Hub", "its image processor's mean and std"),
+)
+
+
+def load_backbone(
+    name: str | nn.Module,
+    *,
+    num_classes: int | None = None,
+    checkpoint: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    image_size: int | None = None,
+) -> Normalized:
+    """A backbone behind its normalisation: pixels of shape `[B, C, H, W]` in [0, 1] to logits of shape `[B, K]`.
+
+    Args:
+        name: "micro_swin" (embedded), "timm/NAME", "hf/NAME", or an nn.Module of one's own that wants normalised
+            images.
+        num_classes: Number of logits. Where it differs from the weights', the head is a new, random one. None: as the
+            weights have it.
+        checkpoint: Local safetensors file with weights for the architecture, or "random" for none.
+        mean: Mean of each channel in [0, 1] units; None: the backbone's own (a module without one: 0).
+        std: Standard deviation of each channel; None: the backbone's own (a module without one: 1).
+        image_size: Pixels on each side, where the architecture is built for one; None: its own.
+
+    Raises:
+        ValueError: For an unknown name, or a checkpoint of another architecture.
+        FileNotFoundError: If the checkpoint does not exist.
+        OSError: If weights cannot be downloaded.
+    """
+    if isinstance(name, nn.Module):
+        own_mean, own_std = _timm_statistics(name) or ((0.0,) * 3, (1.0,) * 3)
+        if num_classes is not None or image_size is not None:
+            raise ValueError("num_classes and image_size are for backbones by name; build your module as you want it.")
+        backbone = name
+        if checkpoint is not None:
+            load_weights(backbone, checkpoint)
+    elif name == "micro_swin":
+        backbone, own_mean, own_std = _embedded(num_classes, checkpoint, image_size)
+    elif name.startswith("timm/"):
+        backbone, own_mean, own_std = _from_timm(name.removeprefix("timm/"), num_classes, checkpoint, image_size)
+    elif name.startswith("hf/"):
+        backbone, own_mean, own_std = _from_hub(name.removeprefix("hf/"), num_classes, checkpoint, image_size)
+    else:
+        raise ValueError(f"backbone should be {', '.join(entry.name for entry in ENTRIES)}. Found backbone = {name!r}.")
+    return Normalized(backbone, mean if mean is not None else own_mean, std if std is not None else own_std)
+
+
+Built = tuple[nn.Module, Sequence[float], Sequence[float]]
+
+
+def _embedded(num_classes: int | None, checkpoint: str | Path | None, image_size: int | None) -> Built:
+    build: Callable[[int], nn.Module] = lambda classes: micro_swin(classes, image_size=image_size or 32)  # noqa: E731
+    if checkpoint == "random":
+        return build(num_classes or 10), MEAN, STD
+    if image_size not in (None, 32):
+        raise ValueError(f"micro_swin's weights are for images of 32 pixels. Found image_size = {image_size}.")
+    model = build(num_classes or 10)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+        return model, MEAN, STD
+    with resources.as_file(resources.files("robust_peft.models") / "weights" / EMBEDDED_WEIGHTS) as path:
+        load_weights(model, path)
+    return model, MEAN, STD
+
+
+def _from_timm(name: str, num_classes: int | None, checkpoint: str | Path | None, image_size: int | None) -> Built:
+    import timm
+
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if image_size is not None:
+        options["img_size"] = image_size
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "none"
+        raise ValueError(f"timm has no model {name!r}. Names like it: {close}.")
+    try:
+        model = timm.create_model(name, pretrained=checkpoint is None, **options)
+    except (OSError, RuntimeError) as error:
+        if checkpoint is not None:
+            raise
+        raise _no_download(f"timm/{name}", error) from error
+    if checkpoint is not None and checkpoint != "random":
+        load_weights(model, checkpoint)
+    mean, std = _timm_statistics(model) or ((0.0,) * 3, (1.0,) * 3)
+    return model, mean, std
+
+
+def _from_hub(name: str, num_classes: int | None, checkpoint: str | Path | None, image_size: int | None) -> Built:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+    options: dict[str, Any] = {} if num_classes is None else {"num_labels": num_classes}
+    if image_size is not None:
+        options["image_size"] = image_size
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+        if checkpoint is None:
+            model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **options)
+        else:
+            model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name, **options))
+    except OSError as error:
+        raise _no_download(f"hf/{name}", error) from error
+    if checkpoint is not None and checkpoint != "random":
+        load_weights(model, checkpoint)
+    return model, processor.image_mean, processor.image_std
+
+
+def _timm_statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, dict) or "mean" not in config:
+        return None
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+def _no_download(name: str, error: Exception) -> OSError:
+    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return OSError(
+        f"The weights of {name} could not be downloaded ({first_line}). With a local copy in safetensors, give it as "
+        'checkpoint=; checkpoint="random" builds the architecture without weights.'
+    )
+
+
+def embedded_weights_exist() -> bool:
+    """Whether the package carries the embedded backbone's weights (before they are trained it does not)."""
+    return (resources.files("robust_peft.models") / "weights" / EMBEDDED_WEIGHTS).is_file()
+
+
+@torch.no_grad()
+def new_head(head: nn.Module, seed: int) -> None:
+    """Give a classifier head fresh random weights, the same for the same seed.
+
+    Normal with standard deviation 0.02 and zero bias, as timm and transformers start theirs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in head.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        else:
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.02
+            parameter.copy_(drawn)

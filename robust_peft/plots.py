@@ -1,0 +1,121 @@
+"""Records to figures. The only place that imports matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robust_peft.files import write_whole
+from robust_peft.results import Accuracy
+
+# Told apart by shape as well as by colour, so that the figure survives a black-and-white printer; the colours are from
+# the colour-blind safe palette of Okabe and Ito.
+STYLES = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#E69F00"), ("P", "#56B4E9"))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trained model in the plane of standard and adversarial accuracy."""
+
+    method: str
+    """Family, which shares shape and colour: "vanilla"."""
+    label: str
+    """What tells it from others of the family: "lam 0.5"."""
+    standard: Accuracy
+    adversarial: Accuracy
+
+
+def plot_front(points: Sequence[Point], path: str | Path, *, attack: str, title: str) -> Path:
+    """Draw standard against adversarial accuracy, each point with its 95 % intervals.
+
+    Args:
+        points: The models.
+        path: The picture's path; its ending (png, svg, pdf) is the format.
+        attack: Name of the attack with its budget, for the axis.
+        title: Above the figure.
+
+    Raises:
+        ValueError: If there are no points.
+        ImportError: Where matplotlib is missing; names the extra that brings it.
+    """
+    if not points:
+        raise ValueError("There are no points to draw.")
+    figure, axes = _new_figure()
+    families = list(dict.fromkeys(point.method for point in points))
+    for place, family in enumerate(families):
+        marker, colour = STYLES[place % len(STYLES)]
+        members = sorted((p for p in points if p.method == family), key=lambda p: p.standard.accuracy)
+        x = [100 * p.standard.accuracy for p in members]
+        y = [100 * p.adversarial.accuracy for p in members]
+        x_error = list(zip(*[_whiskers(p.standard) for p in members], strict=True))
+        y_error = list(zip(*[_whiskers(p.adversarial) for p in members], strict=True))
+        axes.errorbar(
+            x, y, xerr=x_error, yerr=y_error, fmt=marker, color=colour, markersize=8, elinewidth=1, capsize=2,
+            alpha=0.9, label=family,
+        )  # fmt: skip
+        for i, member in enumerate(members):
+            # Families write on different sides, so that neighbouring labels of two families stay readable.
+            side = 1 if place % 2 == 0 else -1
+            axes.annotate(
+                member.label,
+                (x[i], y[i]),
+                xytext=(7 * side, 7 * side),
+                textcoords="offset points",
+                ha="left" if side > 0 else "right",
+                va="bottom" if side > 0 else "top",
+                fontsize=9,
+                color=colour,
+            )
+    axes.margins(0.18)
+    axes.set_xlabel(f"standard accuracy (%), n={points[0].standard.total}")
+    axes.set_ylabel(f"adversarial accuracy (%), {attack}, n={points[0].adversarial.total}")
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", frameon=False)
+    return _save(figure, path)
+
+
+def plot_curve(
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | Path,
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+) -> Path:
+    """Draw named lines ``{name: (x, y)}`` over one another, for example accuracies over epochs."""
+    figure, axes = _new_figure()
+    for place, (name, (x, y)) in enumerate(series.items()):
+        marker, colour = STYLES[place % len(STYLES)]
+        axes.plot(x, y, marker=marker, color=colour, markersize=5, linewidth=1.5, label=name)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", frameon=False)
+    return _save(figure, path)
+
+
+def _whiskers(accuracy: Accuracy) -> tuple[float, float]:
+    low, high = accuracy.interval
+    return 100 * (accuracy.accuracy - low), 100 * (high - accuracy.accuracy)
+
+
+def _new_figure() -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "robust_peft[plots]".') from error
+    # Without pyplot, which would keep every figure alive and choose a backend for the whole process.
+    figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    kind = path.suffix.removeprefix(".") or "png"
+    return write_whole(path, lambda temporary: figure.savefig(temporary, format=kind))

@@ -1,0 +1,556 @@
+"""The training loop: epochs, precision, processes, validation, saving and exact resume."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from robust_peft import keyed_random
+from robust_peft import surgery as surgeries
+from robust_peft.attacks import PGD
+from robust_peft.config import OptimConfig, ValidationConfig
+from robust_peft.losses import Loss, make_loss
+from robust_peft.training.drop_path import has_dropout, key_drop_paths
+from robust_peft.training.gradients import GradientPair, Surgery
+from robust_peft.training.optim import MovingAverage, make_optimizer, make_schedule
+from robust_peft.training.precision import autocast_for, resolve_precision
+from robust_peft.training.progress import Progress
+from robust_peft.training.state import MetricsLog, load_state, save_state
+from robust_peft.training.step import AUGMENTATION, EXTRAS, Batch, add_gradients
+from robust_peft.training.validation import validate
+
+Augmentation = Callable[[Tensor, Tensor], Tensor]
+
+# So many optimizer steps in a row with non-finite gradients end the run. float16 starts with a loss scale that is meant
+# to overflow until it has come down, one halving a step.
+MOST_SKIPPED = {"fp32": 5, "bf16": 5, "fp16": 25}
+
+
+@dataclass
+class FitResult:
+    """How `Trainer.fit` ended."""
+
+    finished: bool
+    """False where the time limit came first; `Trainer.fit` with ``resume=True`` goes on."""
+    steps: int
+    """Optimizer steps taken in all."""
+    seconds: float
+    """Time spent training in all, earlier pieces included."""
+    best: dict[str, float] | None = None
+    """The validation record of the weights that were kept, or None without validation."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The records of ``metrics.jsonl``."""
+
+
+class Trainer:
+    """Adversarial training of whatever in the model is trainable, with the surgery of one's choice.
+
+    Args:
+        model: Pixels of shape `[B, C, H, W]` in [0, 1] to logits of shape `[B, K]`.
+        attack: The inner maximisation. Where it names no objective, the loss's own is taken.
+        loss: "ce", "trades" or a `robust_peft.losses.Loss`.
+        surgery: Gramian to weights, e.g. `robust_peft.surgery.ConflictAware`.
+        optim: Optimizer, schedule, epochs, accumulation, clipping, moving average.
+        validation: How often and how validation is done, and which weights are kept.
+        augment: ``augment(images, keys) -> images`` on the device, e.g. `robust_peft.data.CropFlip`.
+        conflict_params: "all": the angle is measured on all trainable parameters; "adapters": not on the head, which
+            gets the same weights.
+        scope: "all": one flattened vector; "tensor": the rule is applied to each parameter tensor by itself.
+        measure_conflict: False spares vanilla the second backward pass (and the log its cosine).
+        precision: "auto", "fp32", "bf16" or "fp16" (autocast; parameters and optimizer stay in their dtype). "auto"
+            is what ``accelerate launch --mixed_precision`` says, else bf16 where the hardware has it.
+        compile: Run the model through torch.compile.
+        seed: Seed of the order of the samples and of every random draw.
+        output: Run folder for metrics and state; None writes nothing.
+        save_every_steps: Optimizer steps between saved states; None: once an epoch.
+        log_with: Trackers by their Accelerate names.
+        settings: What a resumed run must agree with, as plain JSON values.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: For settings that do not go together; the message says which.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        attack: PGD,
+        loss: str | Loss = "ce",
+        surgery: Surgery | None = None,
+        optim: OptimConfig | None = None,
+        validation: ValidationConfig | None = None,
+        augment: Augmentation | None = None,
+        conflict_params: str = "all",
+        scope: str = "all",
+        measure_conflict: bool = True,
+        precision: str = "auto",
+        compile: bool = False,
+        seed: int = 0,
+        output: str | Path | None = None,
+        save_every_steps: int | None = None,
+        log_with: tuple[str, ...] = (),
+        settings: dict[str, Any] | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.attack = attack
+        self.loss = make_loss(loss) if isinstance(loss, str) else loss
+        self.surgery = surgery if surgery is not None else surgeries.ConflictAware()
+        self.optim = optim or OptimConfig()
+        self.validation = validation or ValidationConfig()
+        self.optim.check()
+        self.validation.check()
+        self.augment = augment
+        self.scope = scope
+        self.seed = seed
+        self.output = None if output is None else Path(output)
+        self.save_every_steps = save_every_steps
+        self.settings = settings or {}
+        self.show_progress = progress
+        if conflict_params not in ("all", "adapters"):
+            raise ValueError(f"conflict_params should be all or adapters. Found conflict_params = {conflict_params!r}.")
+        if scope not in ("all", "tensor"):
+            raise ValueError(f"scope should be all or tensor. Found scope = {scope!r}.")
+        self.loss_weights: tuple[float, float] | None = None
+        if not measure_conflict:
+            if not isinstance(self.surgery, surgeries.Vanilla):
+                raise ValueError(f"measure_conflict=False is for Vanilla alone. Found {self.surgery!r}.")
+            self.loss_weights = (1 - self.surgery.lam, self.surgery.lam)
+        objective = attack.objective or self.loss.inner_objective
+        replace(attack, objective=objective)  # raises where attack and objective do not go together
+
+        # The loop shards and seeds through Accelerate; autocast is ours, so that one process can hold trainers of
+        # different precision (Accelerate's state is one for the whole process).
+        self.accelerator = Accelerator(
+            # Without this, processes that torchrun starts on a machine without a GPU would each train alone.
+            cpu=not torch.accelerator.is_available(),
+            log_with=list(log_with) or None,
+            project_dir=str(self.output) if self.output is not None else None,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, even_batches=False),
+        )
+        if int(os.environ.get("WORLD_SIZE", 1)) != self.accelerator.num_processes:
+            raise ValueError(
+                f"{os.environ['WORLD_SIZE']} processes were launched, but Accelerate joined "
+                f"{self.accelerator.num_processes} of them; each would train alone."
+            )
+        if self.accelerator.distributed_type.name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise ValueError(
+                f"{self.accelerator.distributed_type.name} is not supported: the surgery needs whole gradients on "
+                "every rank. Use plain data parallelism (MULTI_GPU, MULTI_CPU)."
+            )
+        self.log_with = tuple(log_with)
+        self.device = self.accelerator.device
+        self.precision = resolve_precision(precision, self.device)
+        model.to(self.device)
+        self.forward_model: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
+        self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        # A float64 model is trained in float64 from the pixels on.
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for _, p in self.trainable) else torch.float32
+        adapters_only = conflict_params == "adapters"
+        self.pair = GradientPair(
+            self.trainable,
+            # peft keeps the trained copy of the head under this name; everything else it trains is adapter.
+            measured=(lambda name: "modules_to_save" not in name) if adapters_only else None,
+            rows=2 if self.loss_weights is None else 1,
+            extras=len(EXTRAS),
+        )
+        self._share_start()
+
+    # --- the loop ---
+
+    def fit(
+        self,
+        train_loader: DataLoader,
+        validation: Iterable | None = None,
+        *,
+        resume: bool = False,
+        time_limit: float | None = None,
+    ) -> FitResult:
+        """Train to the end, or to the time limit.
+
+        Args:
+            train_loader: Batches ``(images, labels)`` or ``(images, labels, indices)``: images uint8 or floats in
+                [0, 1] of shape `[B, C, H, W]`, labels int64 of shape `[B]`. With indices, each sample's random draws
+                belong to it; without, to its place in the joined batch. Several processes need ``drop_last=True``.
+            validation: The same for the validation images (all of them on every process), or None.
+            resume: Go on from the state in ``output``.
+            time_limit: Seconds after which the run stops cleanly at the next step and saves its state.
+
+        Raises:
+            ValueError: For images out of range, labels outside the classes, an empty loader, or a state that was
+                saved under other settings.
+            FloatingPointError: If gradients stay non-finite.
+        """
+        started = time.monotonic()
+        loader = self._prepare(train_loader)
+        batches = len(loader)
+        accumulation = self.optim.accumulation
+        world = self.accelerator.num_processes
+        steps_per_epoch = math.ceil(batches / accumulation)
+        optimizer = make_optimizer(self.trainable, self.optim)
+        schedule = make_schedule(optimizer, self.optim, steps_per_epoch)
+        parameters = [p for _, p in self.trainable]
+        average = MovingAverage(parameters, self.optim.ema_decay) if self.optim.ema_decay is not None else None
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        run = _RunState()
+        if resume:
+            self._load(run, optimizer, schedule, average, scaler)
+        elif self.accelerator.is_main_process:
+            run.log = MetricsLog(self.output)
+        if self.log_with:
+            self.accelerator.init_trackers("robust_peft", config=_flat(self.settings))
+        self._num_classes = self._count_classes(loader)
+        seed_dropout = key_drop_paths(self.model)
+        self._draws_dropout = has_dropout(self.model)
+        before_this_piece = run.seconds
+        stopped = False
+
+        def save() -> None:
+            run.seconds = before_this_piece + time.monotonic() - started
+            self._save(run, optimizer, schedule, average, scaler)
+
+        with Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
+            while run.epoch < self.optim.epochs and not stopped:
+                loader.set_epoch(run.epoch)
+                source = skip_first_batches(loader, run.batch) if run.batch else loader
+                # skip_first_batches makes a new loader, which would start at epoch 0 again.
+                source.set_epoch(run.epoch)
+                self.model.train()
+                self.pair.clear()
+                held: list[Batch] = []
+                step_started = time.monotonic()
+                for batch in source:
+                    held.append(self._place(batch, run.step, len(held)))
+                    run.batch += 1
+                    if len(held) < accumulation and run.batch < batches:
+                        continue
+                    if self._draws_dropout:
+                        # Ordinary dropout draws from torch's generator; seeded here, a resumed run draws the same.
+                        torch.manual_seed(self.seed + run.step * world + self.accelerator.process_index)
+                    for micro in held:
+                        add_gradients(
+                            self.pair,
+                            micro,
+                            model=self.forward_model,
+                            attack=self.attack,
+                            loss=self.loss,
+                            loss_weights=self.loss_weights,
+                            autocast=self._autocast,
+                            scale=scaler.scale,
+                            seed_dropout=seed_dropout,
+                        )
+                    held.clear()
+                    late = time_limit is not None and time.monotonic() - started > time_limit
+                    self.pair.extras[EXTRAS.index("stop")] = float(late)
+                    record = self._update(run, optimizer, schedule, scaler)
+                    if average is not None:
+                        average.update()
+                    now = time.monotonic()
+                    record["images_per_second"] = record["images"] / (now - step_started)
+                    step_started = now
+                    self._log(run, record)
+                    progress.step(record)
+                    self.pair.clear()
+                    run.step += 1
+                    stopped = record["stop"]
+                    if run.batch >= batches:
+                        break
+                    if stopped or (self.save_every_steps and run.step % self.save_every_steps == 0):
+                        save()
+                    if stopped:
+                        break
+                if run.batch >= batches:
+                    run.epoch, run.batch = run.epoch + 1, 0
+                    last = run.epoch == self.optim.epochs
+                    every = self.validation.every
+                    if validation is not None and every and (last or run.epoch % every == 0):
+                        self._validate(run, validation, average, progress)
+                    save()
+        finished = run.epoch == self.optim.epochs
+        if finished:
+            self._keep(run, average)
+        self.model.eval()
+        if self.log_with:
+            self.accelerator.end_training()
+        return FitResult(finished, run.step, run.seconds, run.best if finished else None, run.log.records)
+
+    def _update(self, run: _RunState, optimizer: Any, schedule: Any, scaler: Any) -> dict[str, Any]:
+        """Reduce, combine, step. The one place in a step that waits for the device."""
+        pair, world = self.pair, self.accelerator.num_processes
+        pair.reduce(self._all_reduce if world > 1 else None)
+        count = pair.extras[0].clone()
+        pair.rows.div_(count)
+        if self.loss_weights is None:
+            gramian = pair.gramian(self.scope)
+            weights = self.surgery(gramian)
+            update = pair.combine(weights)
+            whole = gramian.sum(dim=0) if self.scope == "tensor" else gramian
+            conflict = surgeries.conflict(whole)
+            measured = [conflict.cos, conflict.mu, conflict.clean_norm, conflict.adv_norm]
+            if weights.dim() == 1:
+                flags = [surgeries.cancelled(whole, weights), surgeries.ascends_adv(whole, weights)]
+                measured += [weights[0], weights[1], *flags]
+        else:
+            update = pair.update.copy_(pair.rows[0])
+            measured = []
+        norm = update.norm()
+        finite = torch.isfinite(norm)
+        if self.optim.clip_norm is not None:
+            limit = self.optim.clip_norm * scaler.get_scale()
+            update.mul_((limit / norm).clamp(max=1.0).nan_to_num(nan=1.0))
+        values = torch.stack(
+            [v.double() for v in (finite, norm, *pair.extras, run.change_norm.to(norm.device), *measured)]
+        )
+        finite_now, norm_now, *rest = values.tolist()  # the step's one wait for the device
+        extras, change_norm, measured_now = rest[: len(EXTRAS)], rest[len(EXTRAS)], rest[len(EXTRAS) + 1 :]
+
+        scale = scaler.get_scale()
+        before = pair.flat_parameters()
+        pair.write()
+        if finite_now:
+            if self.precision == "fp16":
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+            run.skipped_in_a_row = 0
+        else:
+            if self.precision == "fp16":
+                scaler.unscale_(optimizer)  # finds the infinities, so that update() halves the scale
+                scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.step()  # without gradients it changes nothing; the schedule wants to see it called
+            run.skipped += 1
+            run.skipped_in_a_row += 1
+        optimizer.zero_grad(set_to_none=True)
+        learning_rate = schedule.get_last_lr()[0]
+        schedule.step()
+        run.change_norm = (pair.flat_parameters() - before).norm()
+
+        images = int(extras[0])
+        record: dict[str, Any] = {
+            "kind": "train",
+            "step": run.step,
+            "epoch": run.epoch,
+            "lr": learning_rate,
+            "images": images,
+            "clean_loss": extras[1] / images,
+            "adv_loss": extras[2] / images,
+            "clean_correct": int(extras[3]),
+            "adv_correct": int(extras[4]),
+            "update_norm": norm_now / scale,
+            "previous_change_norm": change_norm,
+            "skipped": run.skipped,
+            "stop": extras[5] > 0,
+        }
+        if measured_now:
+            cos, mu, clean_norm, adv_norm, *others = measured_now
+            record |= {"cos": cos, "mu": mu / scale**2, "clean_norm": clean_norm / scale, "adv_norm": adv_norm / scale}
+            if others:
+                record |= {"clean_weight": others[0], "adv_weight": others[1]}
+                record |= {"cancelled": bool(others[2]), "ascends_adv": bool(others[3])}
+        if run.skipped_in_a_row >= MOST_SKIPPED[self.precision]:
+            where = "none was saved" if self.output is None else f"the last saved one is in {self.output / 'state'}"
+            raise FloatingPointError(
+                f"Gradients of loss {self.loss.name!r} were not finite in {run.skipped_in_a_row} steps in a row, up to "
+                f"step {run.step} (clean loss {record['clean_loss']:g}, adversarial loss {record['adv_loss']:g}). Try "
+                f"a lower learning rate or precision fp32. State: {where}."
+            )
+        return record
+
+    # --- data ---
+
+    def _prepare(self, loader: DataLoader) -> Any:
+        world = self.accelerator.num_processes
+        if world > 1 and not loader.drop_last:
+            raise ValueError("With several processes the training loader needs drop_last=True: every rank must step.")
+        prepared = self.accelerator.prepare_data_loader(loader, device_placement=False)
+        if len(prepared) == 0:
+            raise ValueError(f"The training loader is empty: fewer samples than {world} batches of its size.")
+        return prepared
+
+    def _place(self, batch: Any, step: int, micro: int) -> Batch:
+        """Check a batch while it is still on the host, then move it to the device."""
+        images, labels, *rest = batch
+        if images.is_floating_point():
+            self.attack.threat.check_images(images)
+        elif images.dtype != torch.uint8:
+            raise ValueError(f"images should be uint8 or floating point in [0, 1]. Found {images.dtype}.")
+        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < self._num_classes):
+            raise ValueError(
+                f"labels should be in 0..{self._num_classes - 1}, the classes of the model. "
+                f"Found labels from {int(labels.min())} to {int(labels.max())}."
+            )
+        if rest:
+            indices = rest[0]
+        else:
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
+            indices = torch.arange(len(images)) + (micro * world + rank) * len(images)
+        keys = keyed_random.sample_keys(self.seed, step, indices.to(self.device, non_blocking=True))
+        images = images.to(self.device, non_blocking=True)
+        images = images.to(self.dtype) / 255 if images.dtype == torch.uint8 else images.to(self.dtype)
+        if self.augment is not None:
+            images = self.augment(images, keyed_random.derive(keys, AUGMENTATION))
+        return Batch(images, labels.to(self.device, non_blocking=True), keys)
+
+    @torch.no_grad()
+    def _count_classes(self, loader: Any) -> int:
+        """How many logits the model gives, seen on one image."""
+        images = loader.dataset[0][0]
+        images = torch.as_tensor(images)[None].to(self.device)
+        was_training = self.model.training
+        self.model.eval()
+        scale = 255 if images.dtype == torch.uint8 else 1
+        count = self.model(images.to(self.dtype) / scale).shape[1]
+        self.model.train(was_training)
+        return count
+
+    # --- processes ---
+
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[return-value]
+
+    def _share_start(self) -> None:
+        """Every rank starts from rank 0's parameters and buffers."""
+        if self.accelerator.num_processes > 1:
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                torch.distributed.broadcast(tensor.detach(), src=0)
+
+    def _autocast(self) -> AbstractContextManager:
+        return autocast_for(self.precision, self.device) if self.precision != "fp32" else nullcontext()
+
+    def _shows(self) -> bool:
+        return self.show_progress and self.accelerator.is_local_main_process
+
+    # --- records ---
+
+    def _log(self, run: _RunState, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            run.log.add({k: v for k, v in record.items() if k != "stop"})
+        if self.log_with:
+            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+            self.accelerator.log(numbers, step=record["step"])
+
+    def _validate(self, run: _RunState, images: Iterable, average: MovingAverage | None, progress: Progress) -> None:
+        attack = PGD(self.attack.threat, steps=self.validation.steps)
+        if average is not None:
+            average.swap()
+        record = validate(self.model, images, attack, self.device, self._autocast, self.accelerator, self.seed)
+        if average is not None:
+            average.swap()
+        record = {"kind": "validation", "epoch": run.epoch, "step": run.step, **record}
+        record["mean_accuracy"] = (record["standard_accuracy"] + record["adversarial_accuracy"]) / 2
+        best = run.best is None or record[self.validation.metric] > run.best[self.validation.metric]
+        if self.validation.keep == "last" or best:
+            run.best = record
+            if self.validation.keep == "best":
+                kept = self.trained_tensors() if average is None else self._averaged_tensors(average)
+                run.best_tensors = {name: tensor.clone() for name, tensor in kept.items()}
+        self._log(run, record)
+        progress.validation(record)
+
+    # --- state ---
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """What training changes: trainable parameters, and buffers that a checkpoint keeps."""
+        kept = set(self.model.state_dict())
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
+        return {name: p.detach() for name, p in self.trainable} | buffers
+
+    def _averaged_tensors(self, average: MovingAverage) -> dict[str, Tensor]:
+        names = [name for name, _ in self.trainable]
+        return self.trained_tensors() | dict(zip(names, average.averages, strict=True))
+
+    @torch.no_grad()
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in self.trained_tensors().items():
+            tensor.copy_(tensors[name])
+
+    def _keep(self, run: _RunState, average: MovingAverage | None) -> None:
+        """Leave in the model what the run is to be judged by: best weights, the moving average, or the last ones."""
+        if run.best_tensors is not None:
+            self._restore(run.best_tensors)
+        elif average is not None:
+            self._restore(self._averaged_tensors(average))
+
+    def _save(self, run: _RunState, optimizer: Any, schedule: Any, average: MovingAverage | None, scaler: Any) -> None:
+        if self.output is None or not self.accelerator.is_main_process:
+            return
+        state = {
+            "settings": self.settings,
+            "tensors": self.trained_tensors(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "scaler": scaler.state_dict(),
+            "average": None if average is None else {"averages": average.averages, "step": average.step},
+            "epoch": run.epoch,
+            "batch": run.batch,
+            "step": run.step,
+            "seconds": run.seconds,
+            "skipped": run.skipped,
+            "skipped_in_a_row": run.skipped_in_a_row,
+            "change_norm": run.change_norm,
+            "best": run.best,
+            "best_tensors": run.best_tensors,
+            "records": len(run.log.records),
+        }
+        save_state(self.output, state)
+
+    def _load(self, run: _RunState, optimizer: Any, schedule: Any, average: MovingAverage | None, scaler: Any) -> None:
+        if self.output is None:
+            raise ValueError("resume=True needs output: the run folder with the state.")
+        state = load_state(self.output)
+        if state["settings"] != self.settings:
+            changed = sorted(
+                k for k in {*state["settings"], *self.settings} if state["settings"].get(k) != self.settings.get(k)
+            )
+            raise ValueError(f"The run in {self.output} was started with other settings: {', '.join(changed)}.")
+        self._restore(state["tensors"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        scaler.load_state_dict(state["scaler"])
+        if average is not None:
+            average.averages = [tensor.to(self.device) for tensor in state["average"]["averages"]]
+            average.step = state["average"]["step"]
+        for name in ("epoch", "batch", "step", "seconds", "skipped", "skipped_in_a_row", "best", "best_tensors"):
+            setattr(run, name, state[name])
+        run.change_norm = state["change_norm"]
+        if self.accelerator.is_main_process:
+            run.log = MetricsLog(self.output, keep=state["records"])
+
+
+@dataclass
+class _RunState:
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: dict[str, float] | None = None
+    best_tensors: dict[str, Tensor] | None = None
+    change_norm: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
+    log: MetricsLog = field(default_factory=lambda: MetricsLog(None))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return found
