@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from robust_peft.config import RunConfig
+from robust_peft.config import METHOD_PARAMETERS, RunConfig
 from robust_peft.presets import PRESETS, get_preset
 
 USAGE = """usage: robust-peft COMMAND ...
@@ -106,7 +109,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _train_preset(preset: str, arguments: Sequence[str], output: str | None, prog: str | None) -> None:
-    chosen = get_preset(preset)
+    chosen = with_methods(get_preset(preset), arguments)
     default: Any = Train(output=output or f"runs/{preset}", config=chosen)
     parsed = parse(Train, arguments, default=default, prog=prog)
 
@@ -173,8 +176,43 @@ def _zoo(arguments: list[str]) -> None:
 
 
 def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:
-    """Flags to a config. A wrong value is a ValueError; --help and misspelt flags end the program as tyro does."""
-    return tyro.cli(kind, args=list(arguments), **options)
+    """Flags to a config. A wrong or unknown flag is a ValueError of one line; --help prints and ends the program."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=list(arguments), **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """tyro frames its complaint; what is inside, without title and help texts, is the error."""
+    inside = [line.strip(" │╭╮╰╯─-") for line in box.splitlines()]
+    inside = [line for line in inside if line]
+    for place, line in enumerate(inside):
+        if line.startswith(("Argument helptext", "For full helptext", "Perhaps you meant", "Similar")):
+            inside = inside[:place]
+            break
+    return " ".join(inside[1:] or inside) + " See --help."
+
+
+def with_methods(preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """The preset as the flags' defaults: where a flag names another method, the preset's parameters of its own go.
+
+    Otherwise ``--surgery.name vanilla`` would be refused because of a gamma that the user never set.
+    """
+    for part, name, table in METHOD_PARAMETERS:
+        flag = f"--{part}.{name}"
+        given = [value for key, value in zip(arguments, [*arguments[1:], ""], strict=True) if key == flag]
+        given += [argument.split("=", 1)[1] for argument in arguments if argument.startswith(f"{flag}=")]
+        config = getattr(preset, part)
+        if given and given[-1] in table and given[-1] != getattr(config, name):
+            own = {parameter: None for parameter in table[getattr(config, name)]}
+            changed = dataclasses.replace(config, **{name: given[-1]}, **own)
+            preset = dataclasses.replace(preset, **{part: changed})
+    return preset
 
 
 def is_main_process() -> bool:

@@ -29,7 +29,15 @@ ADAPTER_PARAMETERS: dict[str, tuple[str, ...]] = {
     "linear": (),
     "full": (),
 }
+ATTACK_PARAMETERS: dict[str, tuple[str, ...]] = {"pgd": ("steps", "restarts"), "fgsm": ()}
 OPTIMIZER_PARAMETERS: dict[str, tuple[str, ...]] = {"adamw": ("beta2",), "sgd": ("nesterov",)}
+# Part of a run, the field that names its method, and the methods' parameters.
+METHOD_PARAMETERS = (
+    ("surgery", "name", SURGERY_PARAMETERS),
+    ("adapter", "name", ADAPTER_PARAMETERS),
+    ("attack", "name", ATTACK_PARAMETERS),
+    ("optim", "optimizer", OPTIMIZER_PARAMETERS),
+)
 OBJECTIVES = ("ce", "kl", "margin", "dlr")
 LOSSES = ("ce", "trades")
 
@@ -169,8 +177,8 @@ class AttackConfig(Part):
 
     def problems(self) -> list[str]:
         problems = Problems("attack")
-        if problems.one_of("name", self.name, ("pgd", "fgsm")):
-            problems.only(self, self.name, {"pgd": ("steps", "restarts"), "fgsm": ()})
+        if problems.one_of("name", self.name, ATTACK_PARAMETERS):
+            problems.only(self, self.name, ATTACK_PARAMETERS)
         problems.at_least("steps", self.steps, 1)
         problems.at_least("restarts", self.restarts, 1)
         wrong = None if self.step_size is None else step_size_problem(self.step_size)
@@ -337,7 +345,7 @@ class EvaluationConfig(Part):
     """What is measured on the test images at the end."""
 
     attacks: tuple[str, ...] = ("clean", "pgd-20")
-    """Attacks by name: clean, fgsm, pgd-K."""
+    """Attacks by name: clean, fgsm, pgd-K; none at all leaves the test images unseen."""
     limit: int | None = None
     """Only the first so many test images."""
     batch_size: int = 128

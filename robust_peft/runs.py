@@ -62,7 +62,7 @@ class RunResult:
     model: nn.Module
     fit: FitResult
     report: Report | None
-    """The evaluation on the test images; None without test images, or where the run is not finished."""
+    """The evaluation on the test images; None without test images or attacks, or where the run is not finished."""
     trainable_parameters: int
     bytes_on_disk: int
     """Size of what was saved: adapter and head, or the whole model."""
@@ -107,7 +107,9 @@ def run(
         going_on = resume and (folder / "state").is_dir()
         if not going_on:
             _initialise_head(backbone, config, splits, progress)
-        model = attach(backbone, adapter_method(config.adapter, backbone))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # adapters start from random numbers too
+            model = attach(backbone, adapter_method(config.adapter, backbone))
         trainer = Trainer(
             model,
             attack=make_training_attack(config),
@@ -146,7 +148,7 @@ def run(
         state.wait_for_everyone()
         size = (where / FULL_WEIGHTS if config.adapter.name == "full" else _adapter_file(folder)).stat().st_size
         report = None
-        if splits.test is not None:
+        if splits.test is not None and config.evaluation.attacks:
             report = evaluate(
                 model,
                 splits.test,

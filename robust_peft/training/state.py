@@ -9,20 +9,120 @@ is executed.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from robust_peft.files import write_text, write_whole
+from robust_peft.training.optim import MovingAverage
 
 STATE_FILE = "state/last.pt"
 METRICS_FILE = "metrics.jsonl"
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Put ``state`` (tensors, numbers, strings, dicts and lists of them) in the place of the last one."""
-    write_whole(folder / STATE_FILE, lambda temporary: torch.save(state, temporary))
+@dataclass
+class RunState:
+    """Where a training stands. The fields named in `SAVED` go into the state file."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Micro-batches of the epoch that are done."""
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: dict[str, Any] | None = None
+    best_tensors: dict[str, Tensor] | None = None
+    records: int = 0
+    """Records in the log when the state was saved."""
+    change_norm: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
+    """Norm of the last step's change of the parameters; logged with the next step, to spare a wait for the device."""
+    log: MetricsLog = field(default_factory=lambda: MetricsLog(None))
+
+
+SAVED = (
+    "epoch",
+    "batch",
+    "step",
+    "seconds",
+    "skipped",
+    "skipped_in_a_row",
+    "best",
+    "best_tensors",
+    "records",
+    "change_norm",
+)
+
+
+@dataclass
+class Checkpoint:
+    """Saves and restores a training whole.
+
+    Args:
+        folder: The run folder; None saves nothing.
+        settings: What a resumed run must agree with.
+        tensors: Gives what training changes, by name.
+        optimizer: And the other parts that have a state.
+        average: The moving average of weights, or None.
+    """
+
+    folder: Path | None
+    settings: dict[str, Any]
+    tensors: Callable[[], dict[str, Tensor]]
+    optimizer: Any
+    schedule: Any
+    scaler: Any
+    average: MovingAverage | None
+
+    def save(self, run: RunState) -> None:
+        """Put the present state in the place of the last one."""
+        if self.folder is None:
+            return
+        run.records = len(run.log.records)
+        average = self.average
+        state = {
+            "settings": self.settings,
+            "tensors": self.tensors(),
+            "average": None if average is None else {"averages": average.averages, "step": average.step},
+            "run": {name: getattr(run, name) for name in SAVED},
+        }
+        state |= {name: getattr(self, name).state_dict() for name in ("optimizer", "schedule", "scaler")}
+        write_whole(self.folder / STATE_FILE, lambda temporary: torch.save(state, temporary))
+
+    def load(self, run: RunState) -> None:
+        """Go back to the last complete state.
+
+        Raises:
+            FileNotFoundError: Where there is none.
+            ValueError: If it is broken, or was saved under other settings, which are named.
+        """
+        if self.folder is None:
+            raise ValueError("resume=True needs output: the run folder with the state.")
+        state = load_state(self.folder)
+        before = state["settings"]
+        if before != self.settings:
+            changed = sorted(k for k in {*before, *self.settings} if before.get(k) != self.settings.get(k))
+            raise ValueError(f"The run in {self.folder} was started with other settings: {', '.join(changed)}.")
+        restore(self.tensors(), state["tensors"])
+        for name in ("optimizer", "schedule", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        if self.average is not None:
+            for own, saved in zip(self.average.averages, state["average"]["averages"], strict=True):
+                own.copy_(saved)
+            self.average.step = state["average"]["step"]
+        for name in SAVED:
+            setattr(run, name, state["run"][name])
+
+
+@torch.no_grad()
+def restore(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Copy saved tensors over the model's own, name by name."""
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
 
 
 def load_state(folder: Path) -> dict[str, Any]:

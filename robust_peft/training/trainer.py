@@ -26,8 +26,9 @@ from robust_peft.training.gradients import GradientPair, Surgery
 from robust_peft.training.optim import MovingAverage, make_optimizer, make_schedule
 from robust_peft.training.precision import autocast_for, resolve_precision
 from robust_peft.training.progress import Progress
-from robust_peft.training.state import MetricsLog, load_state, save_state
+from robust_peft.training.state import Checkpoint, MetricsLog, RunState, restore
 from robust_peft.training.step import AUGMENTATION, EXTRAS, Batch, add_gradients
+from robust_peft.training.update import Update
 from robust_peft.training.validation import validate
 
 Augmentation = Callable[[Tensor, Tensor], Tensor]
@@ -204,11 +205,22 @@ class Trainer:
         parameters = [p for _, p in self.trainable]
         average = MovingAverage(parameters, self.optim.ema_decay) if self.optim.ema_decay is not None else None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        run = _RunState()
+        run = RunState()
+        checkpoint = Checkpoint(self.output, self.settings, self.trained_tensors, optimizer, schedule, scaler, average)
         if resume:
-            self._load(run, optimizer, schedule, average, scaler)
-        elif self.accelerator.is_main_process:
-            run.log = MetricsLog(self.output)
+            checkpoint.load(run)
+        if self.accelerator.is_main_process:
+            run.log = MetricsLog(self.output, keep=run.records if resume else None)
+        update = Update(
+            self.pair,
+            self.surgery,
+            optimizer,
+            schedule,
+            scaler,
+            scope=self.scope,
+            clip_norm=self.optim.clip_norm,
+            all_reduce=self._all_reduce if world > 1 else None,
+        )
         if self.log_with:
             self.accelerator.init_trackers("robust_peft", config=_flat(self.settings))
         self._num_classes = self._count_classes(loader)
@@ -219,7 +231,8 @@ class Trainer:
 
         def save() -> None:
             run.seconds = before_this_piece + time.monotonic() - started
-            self._save(run, optimizer, schedule, average, scaler)
+            if self.accelerator.is_main_process:
+                checkpoint.save(run)
 
         with Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
             while run.epoch < self.optim.epochs and not stopped:
@@ -254,7 +267,8 @@ class Trainer:
                     held.clear()
                     late = time_limit is not None and time.monotonic() - started > time_limit
                     self.pair.extras[EXTRAS.index("stop")] = float(late)
-                    record = self._update(run, optimizer, schedule, scaler)
+                    record = update(run)
+                    self._check_finite(run, record)
                     if average is not None:
                         average.update()
                     now = time.monotonic()
@@ -286,82 +300,7 @@ class Trainer:
             self.accelerator.end_training()
         return FitResult(finished, run.step, run.seconds, run.best if finished else None, run.log.records)
 
-    def _update(self, run: _RunState, optimizer: Any, schedule: Any, scaler: Any) -> dict[str, Any]:
-        """Reduce, combine, step. The one place in a step that waits for the device."""
-        pair, world = self.pair, self.accelerator.num_processes
-        pair.reduce(self._all_reduce if world > 1 else None)
-        count = pair.extras[0].clone()
-        pair.rows.div_(count)
-        if self.loss_weights is None:
-            gramian = pair.gramian(self.scope)
-            weights = self.surgery(gramian)
-            update = pair.combine(weights)
-            whole = gramian.sum(dim=0) if self.scope == "tensor" else gramian
-            conflict = surgeries.conflict(whole)
-            measured = [conflict.cos, conflict.mu, conflict.clean_norm, conflict.adv_norm]
-            if weights.dim() == 1:
-                flags = [surgeries.cancelled(whole, weights), surgeries.ascends_adv(whole, weights)]
-                measured += [weights[0], weights[1], *flags]
-        else:
-            update = pair.update.copy_(pair.rows[0])
-            measured = []
-        norm = update.norm()
-        finite = torch.isfinite(norm)
-        if self.optim.clip_norm is not None:
-            limit = self.optim.clip_norm * scaler.get_scale()
-            update.mul_((limit / norm).clamp(max=1.0).nan_to_num(nan=1.0))
-        values = torch.stack(
-            [v.double() for v in (finite, norm, *pair.extras, run.change_norm.to(norm.device), *measured)]
-        )
-        finite_now, norm_now, *rest = values.tolist()  # the step's one wait for the device
-        extras, change_norm, measured_now = rest[: len(EXTRAS)], rest[len(EXTRAS)], rest[len(EXTRAS) + 1 :]
-
-        scale = scaler.get_scale()
-        before = pair.flat_parameters()
-        pair.write()
-        if finite_now:
-            if self.precision == "fp16":
-                scaler.unscale_(optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
-            run.skipped_in_a_row = 0
-        else:
-            if self.precision == "fp16":
-                scaler.unscale_(optimizer)  # finds the infinities, so that update() halves the scale
-                scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            optimizer.step()  # without gradients it changes nothing; the schedule wants to see it called
-            run.skipped += 1
-            run.skipped_in_a_row += 1
-        optimizer.zero_grad(set_to_none=True)
-        learning_rate = schedule.get_last_lr()[0]
-        schedule.step()
-        run.change_norm = (pair.flat_parameters() - before).norm()
-
-        images = int(extras[0])
-        record: dict[str, Any] = {
-            "kind": "train",
-            "step": run.step,
-            "epoch": run.epoch,
-            "lr": learning_rate,
-            "images": images,
-            "clean_loss": extras[1] / images,
-            "adv_loss": extras[2] / images,
-            "clean_correct": int(extras[3]),
-            "adv_correct": int(extras[4]),
-            "update_norm": norm_now / scale,
-            "previous_change_norm": change_norm,
-            "skipped": run.skipped,
-            "stop": extras[5] > 0,
-        }
-        if measured_now:
-            cos, mu, clean_norm, adv_norm, *others = measured_now
-            record |= {"cos": cos, "mu": mu / scale**2, "clean_norm": clean_norm / scale, "adv_norm": adv_norm / scale}
-            if others:
-                record |= {"clean_weight": others[0], "adv_weight": others[1]}
-                record |= {"cancelled": bool(others[2]), "ascends_adv": bool(others[3])}
+    def _check_finite(self, run: RunState, record: dict[str, Any]) -> None:
         if run.skipped_in_a_row >= MOST_SKIPPED[self.precision]:
             where = "none was saved" if self.output is None else f"the last saved one is in {self.output / 'state'}"
             raise FloatingPointError(
@@ -369,7 +308,6 @@ class Trainer:
                 f"step {run.step} (clean loss {record['clean_loss']:g}, adversarial loss {record['adv_loss']:g}). Try "
                 f"a lower learning rate or precision fp32. State: {where}."
             )
-        return record
 
     # --- data ---
 
@@ -437,14 +375,14 @@ class Trainer:
 
     # --- records ---
 
-    def _log(self, run: _RunState, record: dict[str, Any]) -> None:
+    def _log(self, run: RunState, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             run.log.add({k: v for k, v in record.items() if k != "stop"})
         if self.log_with:
             numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
             self.accelerator.log(numbers, step=record["step"])
 
-    def _validate(self, run: _RunState, images: Iterable, average: MovingAverage | None, progress: Progress) -> None:
+    def _validate(self, run: RunState, images: Iterable, average: MovingAverage | None, progress: Progress) -> None:
         attack = PGD(self.attack.threat, steps=self.validation.steps)
         if average is not None:
             average.swap()
@@ -462,7 +400,7 @@ class Trainer:
         self._log(run, record)
         progress.validation(record)
 
-    # --- state ---
+    # --- what is trained ---
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What training changes: trainable parameters, and buffers that a checkpoint keeps."""
@@ -474,76 +412,12 @@ class Trainer:
         names = [name for name, _ in self.trainable]
         return self.trained_tensors() | dict(zip(names, average.averages, strict=True))
 
-    @torch.no_grad()
-    def _restore(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in self.trained_tensors().items():
-            tensor.copy_(tensors[name])
-
-    def _keep(self, run: _RunState, average: MovingAverage | None) -> None:
+    def _keep(self, run: RunState, average: MovingAverage | None) -> None:
         """Leave in the model what the run is to be judged by: best weights, the moving average, or the last ones."""
         if run.best_tensors is not None:
-            self._restore(run.best_tensors)
+            restore(self.trained_tensors(), run.best_tensors)
         elif average is not None:
-            self._restore(self._averaged_tensors(average))
-
-    def _save(self, run: _RunState, optimizer: Any, schedule: Any, average: MovingAverage | None, scaler: Any) -> None:
-        if self.output is None or not self.accelerator.is_main_process:
-            return
-        state = {
-            "settings": self.settings,
-            "tensors": self.trained_tensors(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "scaler": scaler.state_dict(),
-            "average": None if average is None else {"averages": average.averages, "step": average.step},
-            "epoch": run.epoch,
-            "batch": run.batch,
-            "step": run.step,
-            "seconds": run.seconds,
-            "skipped": run.skipped,
-            "skipped_in_a_row": run.skipped_in_a_row,
-            "change_norm": run.change_norm,
-            "best": run.best,
-            "best_tensors": run.best_tensors,
-            "records": len(run.log.records),
-        }
-        save_state(self.output, state)
-
-    def _load(self, run: _RunState, optimizer: Any, schedule: Any, average: MovingAverage | None, scaler: Any) -> None:
-        if self.output is None:
-            raise ValueError("resume=True needs output: the run folder with the state.")
-        state = load_state(self.output)
-        if state["settings"] != self.settings:
-            changed = sorted(
-                k for k in {*state["settings"], *self.settings} if state["settings"].get(k) != self.settings.get(k)
-            )
-            raise ValueError(f"The run in {self.output} was started with other settings: {', '.join(changed)}.")
-        self._restore(state["tensors"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        scaler.load_state_dict(state["scaler"])
-        if average is not None:
-            average.averages = [tensor.to(self.device) for tensor in state["average"]["averages"]]
-            average.step = state["average"]["step"]
-        for name in ("epoch", "batch", "step", "seconds", "skipped", "skipped_in_a_row", "best", "best_tensors"):
-            setattr(run, name, state[name])
-        run.change_norm = state["change_norm"]
-        if self.accelerator.is_main_process:
-            run.log = MetricsLog(self.output, keep=state["records"])
-
-
-@dataclass
-class _RunState:
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    best: dict[str, float] | None = None
-    best_tensors: dict[str, Tensor] | None = None
-    change_norm: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
-    log: MetricsLog = field(default_factory=lambda: MetricsLog(None))
+            restore(self.trained_tensors(), self._averaged_tensors(average))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

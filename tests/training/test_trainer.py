@@ -94,7 +94,7 @@ def test_killed_in_mid_epoch_and_resumed_is_the_same_to_the_bit(tmp_path, option
     with pytest.raises(Killed):
         full_run(tmp_path / "killed", dying, **options)
     state = torch.load(tmp_path / "killed" / "state" / "last.pt", weights_only=True)
-    assert state["epoch"] >= 1 and state["step"] < whole.steps
+    assert state["run"]["epoch"] >= 1 and state["run"]["step"] < whole.steps
 
     fresh = KilledAt(tiny_adapted(seed=7, drop_path_rate=drop), 10**9)
     # The frozen backbone comes from its checkpoint again; here that is the same seed.

@@ -1,0 +1,111 @@
+"""Every recipe runs, tiny and offline, as its docstring says; the long ones under torchrun with two processes too."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import robust_peft as rp
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def execute(*arguments, processes=1):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def parquet_files(tmp_path_factory):
+    """CIFAR-10's schema with two dozen noise images."""
+    import io
+
+    import datasets
+    import numpy
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("cifar")
+    generator = numpy.random.default_rng(0)
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
+    )
+    for name, count in (("train", 24), ("test", 10)):
+        rows = {"img": [], "label": []}
+        for index in range(count):
+            file = io.BytesIO()
+            Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=numpy.uint8)).save(file, "PNG")
+            rows["img"].append({"bytes": file.getvalue(), "path": None})
+            rows["label"].append(index % 10)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def test_quickstart(tmp_path):
+    printed = execute(RECIPES / "quickstart.py", "--output", tmp_path, "--limit", "20", "--epochs", "1")
+    methods = ["vanilla, lam 0", "vanilla, lam 0.5", "vanilla, lam 1", "CA-AT, gamma 0.8", "CA-AT, gamma 0.9"]
+    table = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in table[2:]] == methods
+    assert "adversarial accuracy (AA), %, PGD-20" in table[0] and "n=20 test digits" in printed
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert "| method" in (tmp_path / "table.md").read_text()
+    folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert folders == ["ca-at-0.8", "ca-at-0.9", "vanilla-0", "vanilla-0.5", "vanilla-1"]
+    model = rp.load_run(tmp_path / "ca-at-0.8")
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    # All else equal: the configs differ in the surgery alone.
+    configs = [json.loads((tmp_path / name / "config.json").read_text())["config"] for name in folders]
+    surgeries = [config.pop("surgery") for config in configs]
+    assert all(config == configs[0] for config in configs) and len({json.dumps(s) for s in surgeries}) == 5
+    # A second call does not overwrite unasked.
+    again = subprocess.run(
+        [sys.executable, RECIPES / "quickstart.py", "--output", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 2 and "holds a run" in again.stderr
+
+
+def test_quickstart_scan_leaves_the_test_digits_unseen(tmp_path):
+    flags = ["--output", tmp_path, "--eps", "0.1", "--lr", "0.01", "--lam", "0.5", "--limit", "12", "--epochs", "1"]
+    printed = execute(RECIPES / "quickstart_scan.py", *flags)
+    assert "eps 0.1 lr 0.01 lam 0.5" in printed and "n=12" in printed
+    assert "results" not in json.loads((tmp_path / "eps0.1-lr0.01-lam0.5" / "evaluation.json").read_text())
+    assert execute(RECIPES / "quickstart_scan.py", *flags).split("(")[0] == printed.split("(")[0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_pretrain_micro_swin(tmp_path, parquet_files, processes):
+    flags = ["--data.train", parquet_files / "train.parquet", "--data.test", parquet_files / "test.parquet"]
+    flags += ["--output", tmp_path / "run", "--optim.epochs", "1", "--optim.warmup-epochs", "0", "--no-compile"]
+    flags += ["--data.batch-size", 8 // processes, "--data.validation-share", "0.2", "--evaluation.attacks", "pgd-1"]
+    recipe = RECIPES / "pretrain_micro_swin.py"
+    printed = execute(recipe, *flags, "--time-limit", "0", processes=processes)
+    assert "go on with --resume" in printed
+    printed = execute(recipe, *flags, "--resume", processes=processes)
+    assert printed.count("n=10") == 2 and printed.count("Run folder") == 1
+    description = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert description["processes"] == processes
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images"] for line in lines[:-1]] == [8, 8]
+    assert rp.load_run(tmp_path / "run")(torch.rand(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_every_recipe_has_a_docstring_that_is_its_command_and_is_tested_here():
+    recipes = sorted(path.name for path in RECIPES.glob("*.py"))
+    assert recipes
+    tested = set(re.findall(r'RECIPES / "(\w+\.py)"', Path(__file__).read_text()))
+    assert tested == set(recipes)
+    for name in recipes:
+        docstring = ast.get_docstring(ast.parse((RECIPES / name).read_text()))
+        assert docstring and f"recipes/{name}" in docstring

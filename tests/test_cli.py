@@ -1,0 +1,86 @@
+"""The command line: every mistake is one line on standard error and exit status 2, before anything is trained."""
+
+import subprocess
+import sys
+
+import pytest
+
+from robust_peft import cli
+from robust_peft.config import RunConfig, SurgeryConfig
+from robust_peft.presets import PRESETS
+
+BAD = [
+    (["--surgery.gamma", "1.2"], r"surgery.gamma should be in [0, 1]. Found gamma = 1.2."),
+    (["--threat.eps", "8/0"], "threat.eps should be a number or a fraction like \"8/255\". Found eps = '8/0'."),
+    (["--threat.eps", "8"], 'did you mean "8/255"?'),
+    (["--surgery.name", "vanilla", "--surgery.gamma", "0.8"], "surgery.gamma is no parameter of 'vanilla'"),
+    (["--surgery.name", "average"], "invalid choice 'average' for argument '--surgery.name'. Expected one of"),
+    (["--attack.name", "deepfool"], "invalid choice 'deepfool' for argument '--attack.name'"),
+    (["--evaluation.attacks", "clean", "deepfool"], "attack should be one of clean, fgsm, pgd-K"),
+    (["--surgery.gama", "0.8"], "Unrecognized options: --surgery.gama"),
+    (["--optim.lr", "fast"], "Error parsing --optim.lr"),
+    (["--data.name", "imagenet"], "data.name should be digits or parquet. Found data.name = 'imagenet'."),
+    (["--data.name", "parquet"], "needs data.train"),
+    (["--data.name", "parquet", "--data.train", "nowhere.parquet"], "nowhere.parquet does not exist"),
+    (["--backbone.name", "resnet"], "backbone should be micro_swin, timm/NAME, hf/NAME. Found backbone = 'resnet'."),
+    (["--resume"], "holds no run to resume"),
+    (["--resume", "--overwrite"], "resume and overwrite exclude each other"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input_is_one_line_and_status_2(flags, message, tmp_path, capsys):
+    status = cli.main(["train", "quickstart", "--output", str(tmp_path / "run"), *flags])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_all_problems_are_told_at_once(tmp_path, capsys):
+    flags = ["--surgery.gamma", "1.2", "--threat.eps", "8/0", "--optim.lr", "-1", "--data.batch-size", "0"]
+    assert cli.main(["train", "quickstart", "--output", str(tmp_path), *flags]) == 2
+    error = capsys.readouterr().err
+    for part in ("surgery.gamma", "threat.eps", "optim.lr", "data.batch_size"):
+        assert part in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["train", "nonsense"], ["evaluate", "nowhere"]])
+def test_wrong_commands(arguments, capsys):
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert "usage" in said.out or said.err.startswith("error: ")
+
+
+def test_a_flag_that_names_another_method_drops_the_presets_parameters():
+    default = RunConfig(surgery=SurgeryConfig(name="ca-at", gamma=0.9))
+    changed = cli.with_methods(default, ["--surgery.name", "vanilla", "--adapter.name=lora"])
+    assert changed.surgery == SurgeryConfig(name="vanilla")
+    assert changed.adapter.name == "lora" and changed.adapter.reduction_factor is None
+    assert cli.with_methods(default, ["--surgery.name", "ca-at"]) == default
+
+
+def test_help_needs_no_torch_and_shows_every_preset():
+    code = (
+        "import sys; from robust_peft import cli; status = cli.main(['--help']); "
+        "assert status == 0 and 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert PRESETS and all(name in done.stdout for name in PRESETS)
+
+
+@pytest.mark.parametrize("command", [["train", "quickstart"], ["evaluate"], ["zoo"]])
+def test_every_command_has_help(command, capsys):
+    try:
+        status = cli.main([*command, "--help"])
+    except SystemExit as stop:
+        status = stop.code or 0
+    assert status == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_zoo_lists_the_embedded_backbone(capsys):
+    assert cli.main(["zoo"]) == 0
+    assert "micro_swin" in capsys.readouterr().out

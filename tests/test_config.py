@@ -1,0 +1,78 @@
+"""Configs: what is refused, what is kept, and that parameters agree with the methods behind the names."""
+
+import dataclasses
+
+import pytest
+
+from robust_peft import config as configs
+from robust_peft.config import (
+    AttackConfig,
+    RunConfig,
+    SurgeryConfig,
+    ValidationConfig,
+    differences,
+    from_dict,
+    to_dict,
+)
+from robust_peft.presets import PRESETS, get_preset
+from robust_peft.surgery import SURGERIES
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_survive_json(name):
+    preset = get_preset(name)
+    assert from_dict(RunConfig, to_dict(preset)) == preset
+
+
+def test_unknown_preset_and_unknown_field():
+    with pytest.raises(ValueError, match="preset should be one of"):
+        get_preset("cub")
+    with pytest.raises(ValueError, match="RunConfig has no field gama"):
+        from_dict(RunConfig, {"gama": 1})
+
+
+def test_surgery_parameters_are_those_of_the_methods():
+    assert set(configs.SURGERY_PARAMETERS) == set(SURGERIES)
+    for name, method in SURGERIES.items():
+        assert set(configs.SURGERY_PARAMETERS[name]) == {field.name for field in dataclasses.fields(method)}
+
+
+@pytest.mark.parametrize("part", ["surgery", "adapter", "attack", "optim"])
+def test_every_foreign_parameter_is_refused(part):
+    (_, field, table) = next(row for row in configs.METHOD_PARAMETERS if row[0] == part)
+    kind = type(getattr(RunConfig(), part))
+    values = {"rescale": "none", "activation": "relu", "blocks": (0,), "nesterov": True}
+    refused = 0
+    for method, own in table.items():
+        for parameter in sorted({p for names in table.values() for p in names} - set(own)):
+            with pytest.raises(ValueError, match=f"{part}.{parameter} is no parameter of '{method}'"):
+                RunConfig(**{part: kind(**{field: method, parameter: values.get(parameter, 1)})})
+            refused += 1
+    assert refused > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"surgery": SurgeryConfig(gamma=-0.1)}, "gamma should be in"),
+        ({"surgery": SurgeryConfig(gamma=float("nan"))}, "gamma should be in"),
+        ({"surgery": SurgeryConfig(scope="tensor", conflict_params="adapters")}, "has no meaning"),
+        ({"attack": AttackConfig(steps=0)}, "steps should be finite and at least 1"),
+        ({"attack": AttackConfig(step_size="0")}, "step_size should be a positive number"),
+        ({"attack": AttackConfig(objective="kl", random_start=False)}, "kl.*needs a random start"),
+        ({"attack": AttackConfig(name="fgsm"), "loss": "trades"}, "trades.*needs a random start"),
+        ({"attack": AttackConfig(restarts=2, random_start=False)}, "restarts without random_start"),
+        ({"measure_conflict": False}, "'ca-at' needs measure_conflict"),
+        ({"validation": ValidationConfig(keep="best", every=0)}, "needs validations"),
+    ],
+)
+def test_combinations_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**options)
+
+
+def test_differences_name_the_fields():
+    one = RunConfig()
+    other = dataclasses.replace(one, seed=1, surgery=SurgeryConfig(gamma=0.9))
+    assert differences(one, one) == []
+    assert differences(one, other) == ["seed: 0 -> 1", "surgery.gamma: None -> 0.9"]
