@@ -68,7 +68,7 @@ OBJECTIVES: dict[str, Objective] = {"ce": ce, "kl": kl, "margin": margin, "dlr":
 
 def get_objective(name: str) -> Objective:
     """The objective of that name. ValueError that lists the names where there is none."""
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective should be one of {', '.join(OBJECTIVES)}. Found objective = {name!r}.")
     return OBJECTIVES[name]
 

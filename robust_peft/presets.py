@@ -40,7 +40,7 @@ PRESETS: dict[str, RunConfig] = {
             lr=1.5e-3, weight_decay=0.05, schedule="onecycle", warmup_epochs=3.2, epochs=16, ema_decay=0.998
         ),
         validation=ValidationConfig(every=2),
-        evaluation=EvaluationConfig(attacks=("clean", "fgsm", "pgd-20"), batch_size=250),
+        evaluation=EvaluationConfig(attacks=("clean",), batch_size=250),
         measure_conflict=False,
         compile=True,
         save_every_steps=200,

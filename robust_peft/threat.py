@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class ThreatModel:
     def __init__(self, norm: str, eps: str | float, box: tuple[float, float] | None = (0.0, 1.0)) -> None:
         if norm not in NORMS:
             raise ValueError(f"norm should be one of {', '.join(NORMS)}. Found norm = {norm!r}.")
-        if box is not None and not (len(box) == 2 and box[0] < box[1]):
+        if box is not None and not _is_interval(box):
             raise ValueError(f"box should be (lowest, highest) or None. Found box = {box!r}.")
         object.__setattr__(self, "norm", norm)
         wrong = eps_problem(norm, eps, box)
@@ -59,14 +60,14 @@ class ThreatModel:
         else:
             # Uniform in a d-ball: a normal vector's direction, and a radius whose d-th power is uniform.
             direction = _normalised(keyed_random.normal(keys, shape, dtype))
-            radius = keyed_random.uniform(keyed_random.derive(keys, 1), (1,), dtype) ** (1 / images[0].numel())
+            radius = keyed_random.uniform(keyed_random.derive(keys, 1), (1,), dtype) ** (1 / math.prod(shape))
             noise = direction * _per_sample(radius.squeeze(1), images) * self.eps
         return self.project(images + noise.to(images.dtype), images)
 
     def step(self, adv_images: Tensor, grad: Tensor, step_size: float) -> Tensor:
         """Go ``step_size`` in the direction of steepest ascent: sign of the gradient (L-inf), unit gradient (L2).
 
-        A zero L2 gradient gives no step. The result is not projected.
+        A zero L2 gradient gives no step, nor does one that is not finite. The result is not projected.
         """
         if self.norm == "linf":
             return torch.add(adv_images, grad.sign(), alpha=step_size)
@@ -81,8 +82,10 @@ class ThreatModel:
             return torch.clamp(adv_images, lowest, highest)
         difference = adv_images - images
         length = difference.flatten(1).norm(dim=1)
-        # Where the point is inside already the factor is exactly 1, so that projecting again changes no bit.
-        factor = torch.where(length > self.eps, self.eps / length.clamp_min(1e-30), torch.ones_like(length))
+        # A point that is outside by no more than the rounding of its pixels stays (half a unit in the last place near
+        # 1, in each of them), so that the projection of a projection is itself.
+        rounding = torch.finfo(images.dtype).eps * (math.sqrt(math.prod(images.shape[1:])) / 4 + 4 * self.eps)
+        factor = torch.where(length > self.eps + rounding, self.eps / length, torch.ones_like(length))
         projected = images + difference * _per_sample(factor, images)
         return projected if self.box is None else projected.clamp_(*self.box)
 
@@ -127,5 +130,12 @@ def _per_sample(values: Tensor, images: Tensor) -> Tensor:
 def _normalised(vectors: Tensor) -> Tensor:
     # Divide by the largest entry first: squares of gradients near 1e-30 would underflow to a zero norm.
     flat = vectors.flatten(1)
-    flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
-    return (flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)).reshape(vectors.shape)
+    largest = flat.abs().amax(dim=1, keepdim=True) if flat.numel() else flat.new_zeros(len(flat), 1)
+    usable = (largest > 0) & largest.isfinite()
+    flat = torch.where(usable, flat / torch.where(usable, largest, 1), 0)
+    return (flat / torch.where(usable, flat.norm(dim=1, keepdim=True), 1)).reshape(vectors.shape)
+
+
+def _is_interval(box: object) -> bool:
+    numbers = isinstance(box, (tuple, list)) and len(box) == 2 and all(isinstance(end, (int, float)) for end in box)
+    return numbers and box[0] < box[1]  # type: ignore[index]

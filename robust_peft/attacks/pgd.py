@@ -26,7 +26,8 @@ class PGD:
         threat: Norm, budget and box.
         steps: Number of steps, at least 1.
         step_size: In the units of the pixels, a number or a fraction like "2/255". None: 2.5 eps / steps, which
-            reaches the ball's surface from anywhere (Madry et al. 2018), but no more than 1.25 eps.
+            reaches the ball's surface from anywhere (Madry et al. 2018), but no more than 1.25 eps from a random start
+            or eps from the image.
         objective: "ce", "kl", "margin" or "dlr" (`robust_peft.objectives`). None: the training loss's own inside a
             `Trainer`, else "ce".
         restarts: Independent random starts. The adversarial image kept is one that fools the model, if any does, and
@@ -52,8 +53,9 @@ class PGD:
         if not isinstance(self.threat, ThreatModel):
             raise ValueError(f"threat should be a ThreatModel. Found threat = {self.threat!r}.")
         for name in ("steps", "restarts"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(f"{name} should be an integer of at least 1. Found {name} = {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} should be an integer of at least 1. Found {name} = {value!r}.")
         if self.step_size is not None:
             wrong = step_size_problem(self.step_size)
             if wrong:

@@ -99,11 +99,18 @@ def _read_parquet(path: Path, name: str) -> ImageSet:
     import numpy
     from PIL import Image as Pictures
 
-    table = Dataset.from_parquet(str(path))
+    try:
+        table = Dataset.from_parquet(str(path))
+    except Exception as error:  # datasets raises its own kinds for no rows and for what is no parquet file
+        reason = "it is empty" if "no data" in str(error) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be read as parquet ({reason}).") from error
     missing = {"img", "label"} - set(table.column_names)
     if missing:
         raise ValueError(f"{path} has no column {', '.join(sorted(missing))}. Found {', '.join(table.column_names)}.")
-    labels = torch.tensor(table["label"][:], dtype=torch.int64)
+    column = table["label"][:]
+    if None in column:
+        raise ValueError(f"{path}, row {column.index(None)}: the label is missing.")
+    labels = torch.tensor(column, dtype=torch.int64)
     pictures = []
     for row, picture in enumerate(table.cast_column("img", Image(decode=False))["img"]):
         try:

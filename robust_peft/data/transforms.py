@@ -23,6 +23,10 @@ class CropFlip:
     padding: int = 4
     flip: bool = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.padding, int) or self.padding < 0:
+            raise ValueError(f"padding should be a non-negative integer. Found padding = {self.padding!r}.")
+
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
         """Images of shape `[B, C, H, W]` and the samples' keys of shape `[B]`, to images of the same shape."""
         count, _, height, width = images.shape

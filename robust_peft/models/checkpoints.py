@@ -5,9 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
+
+
+def rows_of(path: str | Path, key: str) -> int | None:
+    """How many rows a safetensors file's tensor of that name has: a head's class count. None where it is absent."""
+    if not Path(path).is_file():
+        return None  # load_weights says so
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice(key).get_shape()[0] if key in file.keys() else None
+    except SafetensorError:
+        return None  # likewise
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

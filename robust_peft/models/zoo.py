@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_peft.models.checkpoints import load_weights
+from robust_peft.models.checkpoints import load_weights, rows_of
 from robust_peft.models.micro_swin import MEAN, STD, micro_swin
 from robust_peft.models.normalize import Normalized
 
@@ -66,11 +66,15 @@ def load_backbone(
         FileNotFoundError: If the checkpoint does not exist.
         OSError: If weights cannot be downloaded.
     """
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes should be at least 1. Found num_classes = {num_classes!r}.")
     if isinstance(name, nn.Module):
         own_mean, own_std = _timm_statistics(name) or ((0.0,) * 3, (1.0,) * 3)
         if num_classes is not None or image_size is not None:
             raise ValueError("num_classes and image_size are for backbones by name; build your module as you want it.")
         backbone = name
+        if checkpoint == "random":
+            raise ValueError('checkpoint="random" is for backbones by name; a module comes with the weights it has.')
         if checkpoint is not None:
             load_weights(backbone, checkpoint)
     elif name == "micro_swin":
@@ -91,12 +95,13 @@ def _embedded(num_classes: int | None, checkpoint: str | Path | None, image_size
     build: Callable[[int], nn.Module] = lambda classes: micro_swin(classes, image_size=image_size or 32)  # noqa: E731
     if checkpoint == "random":
         return build(num_classes or 10), MEAN, STD
+    if checkpoint is not None:
+        model = build(num_classes or rows_of(checkpoint, "head.fc.weight") or 10)
+        load_weights(model, checkpoint)
+        return model, MEAN, STD
     if image_size not in (None, 32):
         raise ValueError(f"micro_swin's weights are for images of 32 pixels. Found image_size = {image_size}.")
     model = build(num_classes or 10)
-    if checkpoint is not None:
-        load_weights(model, checkpoint)
-        return model, MEAN, STD
     with resources.as_file(resources.files("robust_peft.models") / "weights" / EMBEDDED_WEIGHTS) as path:
         load_weights(model, path)
     return model, MEAN, STD
@@ -118,6 +123,9 @@ def _from_timm(name: str, num_classes: int | None, checkpoint: str | Path | None
             raise
         raise _no_download(f"timm/{name}", error) from error
     if checkpoint is not None and checkpoint != "random":
+        classes = rows_of(checkpoint, f"{model.pretrained_cfg.get('classifier')}.weight")
+        if num_classes is None and classes is not None:
+            model.reset_classifier(classes)
         load_weights(model, checkpoint)
     mean, std = _timm_statistics(model) or ((0.0,) * 3, (1.0,) * 3)
     return model, mean, std
@@ -127,8 +135,16 @@ def _from_hub(name: str, num_classes: int | None, checkpoint: str | Path | None,
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
     options: dict[str, Any] = {} if num_classes is None else {"num_labels": num_classes}
+    if image_size is not None and checkpoint != "random":
+        # transformers would replace the position embeddings by random ones without a word.
+        raise ValueError(
+            "image_size of hf/NAME can be set with checkpoint='random' alone: pretrained ones keep theirs."
+        )
     if image_size is not None:
         options["image_size"] = image_size
+    if num_classes is None and checkpoint not in (None, "random"):
+        classes = rows_of(checkpoint, "classifier.weight")
+        options |= {} if classes is None else {"num_labels": classes}
     try:
         processor = AutoImageProcessor.from_pretrained(name)
         if checkpoint is None:

@@ -99,6 +99,16 @@ def test_pretrain_micro_swin(tmp_path, parquet_files, processes):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["images"] for line in lines[:-1]] == [8, 8]
     assert rp.load_run(tmp_path / "run")(torch.rand(1, 3, 32, 32)).shape == (1, 10)
+    if processes == 1:
+        export = ["--run", tmp_path / "run", "--test", parquet_files / "test.parquet", "--output", tmp_path / "weights"]
+        printed = execute(RECIPES / "export_micro_swin.py", *export, "--attacks", "fgsm")
+        assert printed.count("n=10") == 2
+        assert sorted(p.name for p in (tmp_path / "weights").iterdir()) == [
+            f"micro_swin.{e}" for e in ("json", "png", "safetensors")
+        ]
+        exported = rp.load_backbone("micro_swin", checkpoint=tmp_path / "weights" / "micro_swin.safetensors")
+        images = torch.rand(4, 3, 32, 32)
+        torch.testing.assert_close(exported(images), rp.load_run(tmp_path / "run")(images), rtol=1e-2, atol=1e-2)
 
 
 def test_every_recipe_has_a_docstring_that_is_its_command_and_is_tested_here():
