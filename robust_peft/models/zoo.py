@@ -117,7 +117,7 @@ def _from_timm(name: str, num_classes: int | None, checkpoint: str | Path | None
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "none"
         raise ValueError(f"timm has no model {name!r}. Names like it: {close}.")
     try:
-        model = timm.create_model(name, pretrained=checkpoint is None, **options)
+        model: Any = timm.create_model(name, pretrained=checkpoint is None, **options)
     except (OSError, RuntimeError) as error:
         if checkpoint is not None:
             raise

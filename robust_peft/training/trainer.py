@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -75,7 +76,7 @@ class Trainer:
         seed: Seed of the order of the samples and of every random draw.
         output: Run folder for metrics and state; None writes nothing.
         save_every_steps: Optimizer steps between saved states; None: once an epoch.
-        log_with: Trackers by their Accelerate names.
+        log_with: Trackers by their Accelerate names, or trackers of one's own (`accelerate.tracking.GeneralTracker`).
         settings: What a resumed run must agree with, as plain JSON values.
         progress: Whether to show a progress bar.
 
@@ -101,7 +102,7 @@ class Trainer:
         seed: int = 0,
         output: str | Path | None = None,
         save_every_steps: int | None = None,
-        log_with: tuple[str, ...] = (),
+        log_with: tuple[str | GeneralTracker, ...] = (),
         settings: dict[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
@@ -131,6 +132,13 @@ class Trainer:
             self.loss_weights = (1 - self.surgery.lam, self.surgery.lam)
         objective = attack.objective or self.loss.inner_objective
         replace(attack, objective=objective)  # raises where attack and objective do not go together
+
+        known = [str(tracker) for tracker in get_available_trackers()]
+        missing = [tracker for tracker in log_with if isinstance(tracker, str) and tracker not in known]
+        if missing:  # Accelerate would go on without them
+            raise ValueError(
+                f"log_with: {', '.join(missing)} is not installed. Installed: {', '.join(known) or 'none'}."
+            )
 
         # The loop shards and seeds through Accelerate; autocast is ours, so that one process can hold trainers of
         # different precision (Accelerate's state is one for the whole process).
@@ -237,7 +245,7 @@ class Trainer:
         with Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
             while run.epoch < self.optim.epochs and not stopped:
                 loader.set_epoch(run.epoch)
-                source = skip_first_batches(loader, run.batch) if run.batch else loader
+                source: Any = skip_first_batches(loader, run.batch) if run.batch else loader
                 # skip_first_batches makes a new loader, which would start at epoch 0 again.
                 source.set_epoch(run.epoch)
                 self.model.train()

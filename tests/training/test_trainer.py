@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from builders import CLASSES, tiny_adapted, tiny_attack, tiny_backbone, tiny_images, tiny_optim
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -284,6 +285,36 @@ def test_several_in_a_row_stop_the_run_and_name_loss_step_and_state(tmp_path):
         trainer_for(model, output=tmp_path).fit(train_loader(tiny_images(), BATCH))
 
 
+class ListTracker(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name = "list"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__(_blank=True)
+        self.config, self.logged = None, []
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **_):
+        self.logged.append((step, values))
+
+
+def test_trackers_are_told_settings_and_every_step():
+    tracker = ListTracker()
+    settings = {"optim": {"lr": 0.01}, "blocks": [1, 2]}
+    trainer_for(tiny_adapted(), log_with=(tracker,), settings=settings).fit(train_loader(tiny_images(), BATCH))
+    assert tracker.config == {"optim.lr": 0.01, "blocks": "[1, 2]"}
+    assert [step for step, _ in tracker.logged] == list(range(8))
+    assert all({"cos", "mu", "clean_loss", "adv_loss", "lr"} <= values.keys() for _, values in tracker.logged)
+
+
 # --- what is refused ---
 
 
@@ -327,6 +358,7 @@ def test_resuming_without_a_state(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"log_with": ("comet",)}, "log_with: comet is not installed"),
         ({"loss": "hinge"}, "loss should be one of ce, trades"),
         ({"precision": "int8"}, "precision should be one of"),
         ({"scope": "layer"}, "scope should be all or tensor"),
