@@ -34,19 +34,18 @@ class Export:
 
 def main(arguments: Export) -> None:
     """Write weights, then measure what was written, then the card."""
-    import torch
-    from accelerate import PartialState
     from safetensors.torch import load_file, save_file
 
     from robust_peft.data import parquet
     from robust_peft.evaluation import evaluate
     from robust_peft.models import load_backbone
     from robust_peft.plots import plot_curve
+    from robust_peft.processes import process_state
     from robust_peft.runs import load_run_config, make_threat, make_training_attack
 
     run, output = Path(arguments.run), Path(arguments.output)
     weights = output / "micro_swin.safetensors"
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     if state.is_main_process:
         trained = {name.removeprefix("backbone."): t.half() for name, t in load_file(run / "model.safetensors").items()}
         write_whole(weights, lambda temporary: save_file(trained, temporary, metadata={"format": "pt"}))

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from robust_peft.cli import guarded, is_main_process, parse
-from robust_peft.config import EvaluationConfig, SurgeryConfig, ThreatConfig, ValidationConfig
+from robust_peft.config import EvaluationConfig, SurgeryConfig, ThreatConfig, ValidationConfig, differences
 from robust_peft.files import read_json
 from robust_peft.presets import get_preset
 
@@ -39,7 +39,7 @@ class Scan:
 
 def main(arguments: Scan) -> None:
     """Run what is missing and print one line for each run."""
-    from robust_peft.runs import run
+    from robust_peft.runs import load_run_config, run
 
     preset = get_preset("quickstart")
     epochs = arguments.epochs or preset.optim.epochs
@@ -57,8 +57,10 @@ def main(arguments: Scan) -> None:
                     seed=arguments.seed,
                 )
                 folder = Path(arguments.output) / f"eps{eps}-lr{lr:g}-lam{lam:g}"
+                if (folder / "config.json").exists() and differences(load_run_config(folder), config):
+                    raise ValueError(f"{folder} holds a run with other settings. Name another --output.")
                 if not (folder / "evaluation.json").exists():
-                    run(config, folder, overwrite=folder.exists(), progress=False)
+                    run(config, folder, resume=(folder / "config.json").exists(), progress=False)
                 if is_main_process():
                     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
                     found = [line for line in lines if '"validation"' in line]

@@ -136,6 +136,7 @@ def _evaluate(arguments: list[str]) -> None:
     parsed = parse(Evaluate, arguments, prog="robust-peft evaluate")
 
     from robust_peft.evaluation import evaluate
+    from robust_peft.processes import process_state
     from robust_peft.runs import load_data, load_run, load_run_config, make_threat
     from robust_peft.threat import ThreatModel
 
@@ -147,7 +148,7 @@ def _evaluate(arguments: list[str]) -> None:
     if test is None:
         raise ValueError(f"The run in {parsed.folder} has no test images.")
     report = evaluate(
-        load_run(parsed.folder),
+        load_run(parsed.folder).to(process_state().device),
         test,
         [threat],
         parsed.attacks,
@@ -217,9 +218,9 @@ def with_methods(preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
 def is_main_process() -> bool:
     """Whether this process is the one that prints."""
-    from accelerate import PartialState
+    from robust_peft.processes import process_state
 
-    return PartialState().is_main_process
+    return process_state().is_main_process
 
 
 def _report(error: BaseException) -> int:

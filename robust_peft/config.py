@@ -259,6 +259,9 @@ class DataConfig(Part):
 
     def problems(self) -> list[str]:
         problems = Problems("data")
+        problems.one_of("name", self.name, ("digits", "parquet"))
+        missing = self.name == "parquet" and self.train is None
+        problems(missing, "name = 'parquet' needs data.train, the path of the training file.")
         problems.at_least("batch_size", self.batch_size, 1)
         problems.at_least("limit", self.limit, 1)
         share = self.validation_share

@@ -35,7 +35,14 @@ PRESETS: dict[str, RunConfig] = {
         threat=ThreatConfig(norm="linf", eps="8/255"),
         attack=AttackConfig(name="pgd", steps=2, step_size="5/255"),
         surgery=SurgeryConfig(name="vanilla", lam=1.0),
-        data=DataConfig(name="parquet", batch_size=128, validation_share=0.02, augment=True),
+        data=DataConfig(
+            name="parquet",
+            train="train.parquet",
+            test="test.parquet",
+            batch_size=128,
+            validation_share=0.02,
+            augment=True,
+        ),
         optim=OptimConfig(
             lr=1.5e-3, weight_decay=0.05, schedule="onecycle", warmup_epochs=3.2, epochs=16, ema_decay=0.998
         ),

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 from torch import nn
 
@@ -41,9 +40,11 @@ from robust_peft.data import CropFlip, Splits, digits, evaluation_loader, parque
 from robust_peft.evaluation import Report, evaluate
 from robust_peft.files import read_json, sha256, write_json, write_text
 from robust_peft.models import Normalized, load_backbone, new_head
-from robust_peft.models.checkpoints import load_weights
+from robust_peft.models.checkpoints import fingerprint, load_weights
+from robust_peft.processes import on_main_or_raise, process_state
 from robust_peft.threat import ThreatModel
 from robust_peft.training import FitResult, Trainer
+from robust_peft.training.state import STATE_FILE
 
 ADAPTER_FOLDER = "adapter"
 FULL_WEIGHTS = "model.safetensors"
@@ -96,20 +97,21 @@ def run(
     folder = Path(output)
     for name in config.evaluation.attacks:
         check_attack_name(name)  # now, not after hours of training
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     with _claimed(folder) if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            _check_folder(folder, config, resume, overwrite)
-        state.wait_for_everyone()
+        on_main_or_raise(lambda: _check_folder(folder, config, resume, overwrite))
         splits = load_data(config.data)
         num_classes = len(splits.classes)
         backbone = build_backbone(config, num_classes)
-        going_on = resume and (folder / "state").is_dir()
+        going_on = resume and (folder / STATE_FILE).is_file()
+        base_hash = fingerprint(backbone, leave_out=find_head(backbone))
         if not going_on:
             _initialise_head(backbone, config, splits, progress)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # adapters start from random numbers too
             model = attach(backbone, adapter_method(config.adapter, backbone))
+        if state.is_main_process and not going_on:
+            _clear(folder)  # not earlier: a mistake in the config must not cost the run that was here
         trainer = Trainer(
             model,
             attack=make_training_attack(config),
@@ -131,7 +133,7 @@ def run(
             progress=progress,
         )
         if state.is_main_process and not going_on:
-            write_json(folder / "config.json", _description(config, backbone, splits, trainer))
+            write_json(folder / "config.json", _description(config, backbone, splits, trainer, base_hash))
         validation = splits.validation
         fit = trainer.fit(
             train_loader(splits.train, config.data.batch_size, seed=config.seed),
@@ -144,7 +146,7 @@ def run(
             return RunResult(folder, False, model, fit, None, trainable, 0)
         where = folder if config.adapter.name == "full" else folder / ADAPTER_FOLDER
         if state.is_main_process:
-            model.save_pretrained(str(where))  # type: ignore[operator]
+            _save_whole(model, where)
         state.wait_for_everyone()
         size = (where / FULL_WEIGHTS if config.adapter.name == "full" else _adapter_file(folder)).stat().st_size
         report = None
@@ -193,6 +195,11 @@ def load_run(folder: str | Path) -> nn.Module:
     import peft
 
     backbone = build_backbone(config, len(description["classes"]))
+    if fingerprint(backbone, leave_out=find_head(backbone)) != description["backbone_sha256"]:
+        raise ValueError(
+            f"{config.backbone.name}'s weights are not those that {folder} was trained on (their hash differs): "
+            "another version of the package or of the checkpoint?"
+        )
     if not _adapter_file(folder).is_file():
         raise FileNotFoundError(f"The run in {folder} is not finished: {_adapter_file(folder)} is missing.")
     return peft.PeftModel.from_pretrained(backbone, str(folder / ADAPTER_FOLDER)).eval()
@@ -235,15 +242,12 @@ def adapter_method(config: AdapterConfig, backbone: nn.Module) -> Any:
 
 
 def load_data(config: DataConfig) -> Splits:
-    """The images of a run. ValueError where the named set is unknown or needs a path that is not given."""
+    """The images of a run."""
     if config.name == "digits":
         splits = digits()
-    elif config.name == "parquet":
-        if config.train is None:
-            raise ValueError("data.name = 'parquet' needs data.train, the path of the training file.")
-        splits = parquet(config.train, config.test, config.validation_share)
     else:
-        raise ValueError(f"data.name should be digits or parquet. Found data.name = {config.name!r}.")
+        assert config.train is not None  # the config saw to it
+        splits = parquet(config.train, config.test, config.validation_share)
     return splits.limited(config.limit)
 
 
@@ -324,13 +328,9 @@ def _check_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool
         changed = differences(started, config)
         if changed:
             raise ValueError(f"The run in {folder} was started with other settings: {'; '.join(changed)}.")
-    elif holds_run and overwrite:
-        for name in WRITTEN:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif holds_run:
+    elif holds_run and not overwrite:
         raise FileExistsError(f"{folder} holds a run. Resume it (--resume), replace it (--overwrite), or name another.")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif not holds_run and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no run. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -341,11 +341,31 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
+def _clear(folder: Path) -> None:
+    for name in WRITTEN:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _save_whole(model: Any, where: Path) -> None:
+    """Save a model so that its files are there whole or not at all: peft writes its folder file by file."""
+    if not hasattr(model, "peft_config"):
+        model.save_pretrained(where)  # one file, whole by itself
+        return
+    unfinished = where.with_name(f".{where.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(str(unfinished))
+    shutil.rmtree(where, ignore_errors=True)
+    unfinished.rename(where)
+
+
 def _adapter_file(folder: Path) -> Path:
     return folder / ADAPTER_FOLDER / "adapter_model.safetensors"
 
 
-def _description(config: RunConfig, backbone: Normalized, splits: Splits, trainer: Trainer) -> dict[str, Any]:
+def _description(
+    config: RunConfig, backbone: Normalized, splits: Splits, trainer: Trainer, base_hash: str
+) -> dict[str, Any]:
     checkpoint = config.backbone.checkpoint
     return {
         "config": to_dict(config),
@@ -354,6 +374,7 @@ def _description(config: RunConfig, backbone: Normalized, splits: Splits, traine
         "mean": backbone.mean.flatten().tolist(),
         "std": backbone.std.flatten().tolist(),
         "checkpoint_sha256": sha256(checkpoint) if checkpoint not in (None, "random") else None,
+        "backbone_sha256": base_hash,
         "precision": trainer.precision,
         "processes": trainer.accelerator.num_processes,
         "device": _device_name(trainer.device),

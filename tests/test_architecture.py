@@ -29,6 +29,7 @@ LEVELS = {
     "objectives": 0,
     "surgery": 0,
     "results": 0,
+    "processes": 0,  # in no list of the design: which process this is and what it computes on, decided in one place
     "losses": 1,
     "attacks": 1,
     "adapters": 1,

@@ -19,7 +19,7 @@ BAD = [
     (["--evaluation.attacks", "clean", "deepfool"], "attack should be one of clean, fgsm, pgd-K"),
     (["--surgery.gama", "0.8"], "Unrecognized options: --surgery.gama"),
     (["--optim.lr", "fast"], "Error parsing --optim.lr"),
-    (["--data.name", "imagenet"], "data.name should be digits or parquet. Found data.name = 'imagenet'."),
+    (["--data.name", "imagenet"], "data.name should be one of digits, parquet. Found name = 'imagenet'."),
     (["--data.name", "parquet"], "needs data.train"),
     (["--data.name", "parquet", "--data.train", "nowhere.parquet"], "nowhere.parquet does not exist"),
     (["--backbone.name", "resnet"], "backbone should be micro_swin, timm/NAME, hf/NAME. Found backbone = 'resnet'."),

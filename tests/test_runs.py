@@ -169,6 +169,31 @@ def test_a_folder_that_holds_something_else_is_never_emptied(small, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "my work"
 
 
+def test_a_mistake_does_not_cost_the_run_that_is_there(small, tmp_path):
+    rp.run(small, tmp_path / "run", progress=False)
+    broken = dataclasses.replace(small, backbone=BackboneConfig(checkpoint="nowhere.safetensors"))
+    assert "nowhere.safetensors does not exist" in refusal(broken, tmp_path / "run", overwrite=True)
+    blocks = dataclasses.replace(small, adapter=AdapterConfig(blocks=(99,)))
+    refusal(blocks, tmp_path / "run", overwrite=True)
+    rp.load_run(tmp_path / "run")
+
+
+def test_a_run_killed_before_its_first_state_starts_afresh(small, tmp_path):
+    rp.run(small, tmp_path / "run", time_limit=0.0, progress=False)
+    (tmp_path / "run" / "state" / "last.pt").unlink()
+    assert rp.run(small, tmp_path / "run", resume=True, progress=False).fit.steps == 8
+
+
+def test_a_backbone_that_changed_under_its_adapter_is_noticed(small, tmp_path):
+    rp.run(small, tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "config.json"
+    description = json.loads(path.read_text())
+    description["config"]["seed"] = 1  # the random backbone of another seed
+    path.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="are not those that"):
+        rp.load_run(tmp_path / "run")
+
+
 def test_overwrite_removes_only_what_a_run_writes(small, tmp_path):
     rp.run(small, tmp_path / "run", time_limit=0.0, progress=False)
     (tmp_path / "run" / "notes.txt").write_text("keep me")

@@ -170,6 +170,8 @@ class PGD:
                 # The steps below ignore the gradient's length, so a scale that keeps float16 from underflowing is free.
                 (grad,) = torch.autograd.grad(total * 1024, adv_images)
             with torch.no_grad():
+                # A pixel whose gradient is not finite stays; the others go on. NaN images would count as withstood.
+                grad = torch.where(grad.isfinite(), grad, 0)
                 adv_images = self.threat.project(self.threat.step(adv_images, grad, step_size), images)
         return adv_images.detach()
 

@@ -1,8 +1,9 @@
 """How accurate and how robust a model is: verdicts for each sample, counted, with intervals.
 
-Float32 with TF32 off. An adversarial image counts only where it is found, in a pass of its own, inside ball and box and
-misclassified; a sample that is misclassified as it is counts as broken under every attack, because the clean image is
-in the ball. Randomness belongs to the sample, so that neither batch size nor number of processes changes a draw.
+Float32 with TF32 off. An adversarial image counts only where a pass of its own finds it misclassified, and an attack
+that leaves ball or box is an internal error, never a sample that withstood; a sample that is misclassified as it is
+counts as broken under every attack, because the clean image is in the ball. Randomness belongs to the sample, so that
+neither batch size nor number of processes changes a draw.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 from robust_peft import keyed_random
 from robust_peft.attacks import as_victim, check_attack_name, make_attack
 from robust_peft.files import read_json, write_json
+from robust_peft.processes import gather, process_state
 from robust_peft.results import Accuracy
 from robust_peft.threat import ThreatModel
 
@@ -162,7 +162,7 @@ def evaluate(
     names = ["clean", *dict.fromkeys(n for n in names if n != "clean")]
     jobs: list[tuple[str, ThreatModel | None]] = [("clean", None)]
     jobs += [(n, threat) for threat in threats for n in names if n != "clean"]
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
 
     # Verdicts of this process's batches: sample index -> one bool for each job.
     own: dict[int, list[bool]] = {}
@@ -180,16 +180,16 @@ def evaluate(
                 if len(chosen) == 0:
                     continue
                 attack = make_attack(attack_name, threat)
-                threat.check_images(images)
                 # By name, so that an attack's figure does not depend on which others were asked for.
                 own_keys = keyed_random.derive(keys[chosen], zlib.crc32(f"{attack_name} {threat}".encode()))
                 adv_images = attack.perturb(model, images[chosen], labels[chosen], keys=own_keys)
-                inside = threat.contains(adv_images, images[chosen])
-                verdicts[-1][chosen] = _is_right(model, adv_images, labels[chosen]) | ~inside
+                if not threat.contains(adv_images, images[chosen]).all():
+                    raise RuntimeError(f"Internal error: {attack_name} left the ball or the box of {threat}.")
+                verdicts[-1][chosen] = _is_right(model, adv_images, labels[chosen])
             for index, column in zip(indices, torch.stack(verdicts).T.tolist(), strict=True):
                 own[index] = column
             bar.update(batch_size)
-    gathered = gather_object(sorted(own.items())) if state.num_processes > 1 else sorted(own.items())
+    gathered = gather(sorted(own.items()))
     verdicts_of = dict(gathered)
     if len(verdicts_of) != len(gathered) or sorted(verdicts_of) != list(range(total)):
         raise RuntimeError("Internal error: the processes' verdicts do not cover each sample once.")
@@ -207,7 +207,10 @@ def _fetch(dataset: Any, indices: range, model: nn.Module, seed: int) -> tuple[T
     images = torch.stack([torch.as_tensor(sample[0]) for sample in samples]).to(parameter.device)
     labels = torch.tensor([int(sample[1]) for sample in samples], device=parameter.device)
     dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
+    if not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise ValueError(f"images should be uint8 or floating point in [0, 1]. Found {images.dtype}.")
     images = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+    ThreatModel("linf", 0).check_images(images)
     if labels.min() < 0:
         raise ValueError(f"labels should not be negative. Found {int(labels.min())}.")
     keys = keyed_random.sample_keys(seed, 0, torch.tensor(list(indices), device=parameter.device))
@@ -224,11 +227,25 @@ def _is_right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 @contextmanager
 def _plain_float32() -> Iterator[None]:
-    """No TF32 and no autocast of the caller's: a verdict must not hang on reduced precision."""
-    cuda, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    """No TF32, no bfloat16 in float32's name and no autocast of the caller's: a verdict must not hang on precision.
+
+    By torch's switch for each backend; the older ones (allow_tf32) cannot be mixed with it.
+    """
+    backends = torch.backends
+    switches = [
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    ]
+    switches = [switch for switch in switches if hasattr(switch, "fp32_precision")]
+    before = [switch.fp32_precision for switch in switches]
     try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = cuda, cudnn
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -19,6 +20,16 @@ def rows_of(path: str | Path, key: str) -> int | None:
             return file.get_slice(key).get_shape()[0] if key in file.keys() else None
     except SafetensorError:
         return None  # likewise
+
+
+def fingerprint(model: nn.Module, *, leave_out: str) -> str:
+    """SHA-256 over names and bytes of a model's weights, without the submodule of that name (a head to be trained)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(f"{leave_out}."):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -7,42 +7,47 @@ torch's generator: it is the same after a resume, but not over numbers of proces
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
 from robust_peft import keyed_random
 
 
-def key_drop_paths(model: nn.Module) -> Callable[[Tensor], None]:
-    """Make the model's active drop paths draw by key. Calling it again is harmless.
+class KeyedDropPaths:
+    """Inside this context, the model's active drop paths draw by key; outside, they are as they were.
 
-    Returns:
-        A function to be called with the samples' keys of shape `[B]` before each train-mode pass.
+    `set_keys` has to be called with the samples' keys of shape `[B]` before each train-mode pass.
     """
-    found = [m for m in model.modules() if type(m).__name__.endswith("DropPath") and getattr(m, "drop_prob", 0)]
-    current: list[Tensor] = []
 
-    def set_keys(keys: Tensor) -> None:
-        current[:] = [keys]
+    def __init__(self, model: nn.Module) -> None:
+        self._found = [
+            m for m in model.modules() if type(m).__name__.endswith("DropPath") and getattr(m, "drop_prob", 0)
+        ]
+        self._keys: Tensor | None = None
 
-    for place, module in enumerate(found):
-        module.forward = _keyed_forward(module, place, current)  # type: ignore[method-assign]
-    return set_keys
+    def set_keys(self, keys: Tensor) -> None:
+        """The keys of the samples of the next pass."""
+        self._keys = keys
 
+    def __enter__(self) -> KeyedDropPaths:
+        for place, module in enumerate(self._found):
+            module.forward = partial(self._forward, module, place)  # type: ignore[method-assign]
+        return self
 
-def _keyed_forward(module: nn.Module, place: int, current: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    def forward(hidden: Tensor) -> Tensor:
+    def __exit__(self, *_: object) -> None:
+        for module in self._found:
+            del module.forward  # the class's own shows again
+
+    def _forward(self, module: nn.Module, place: int, hidden: Tensor) -> Tensor:
         if not module.training:
             return hidden
-        drop_prob = float(module.drop_prob)  # type: ignore[arg-type]
-        keep = 1 - drop_prob
-        draws = keyed_random.uniform(keyed_random.derive(current[0], place), (1,)).squeeze(1)
+        assert self._keys is not None
+        keep = 1 - float(module.drop_prob)  # type: ignore[arg-type]
+        draws = keyed_random.uniform(keyed_random.derive(self._keys, place), (1,)).squeeze(1)
         kept = (draws < keep).to(hidden.dtype).reshape(-1, *[1] * (hidden.dim() - 1))
         scaled = keep > 0 and getattr(module, "scale_by_keep", True)
         return hidden * (kept / keep if scaled else kept)
-
-    return forward
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -80,11 +80,11 @@ class GradientPair:
     def gramian(self, scope: str = "all") -> Tensor:
         """Inner products of the rows: `[2, 2]` for scope "all", `[T, 2, 2]`, one for each tensor, for "tensor"."""
         if scope == "tensor":
-            return torch.stack([part @ part.T for part in self.rows.split(self.sizes, dim=1)])
+            return torch.stack([_inner_products(part) for part in self.rows.split(self.sizes, dim=1)])
         if self._measured is None:
-            return self.rows @ self.rows.T
+            return _inner_products(self.rows)
         parts = self.rows.split(self.sizes, dim=1)
-        return torch.stack([parts[i] @ parts[i].T for i in self._measured]).sum(dim=0)
+        return torch.stack([_inner_products(parts[i]) for i in self._measured]).sum(dim=0)
 
     def combine(self, weights: Tensor) -> Tensor:
         """The update ``weights @ rows`` of shape `[P]`; weights of shape `[2]`, or `[T, 2]` for each tensor its own."""
@@ -106,3 +106,10 @@ class GradientPair:
     def flat_parameters(self) -> Tensor:
         """A copy of the trainable parameters, of shape `[P]`."""
         return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters]).to(self.update.dtype)
+
+
+def _inner_products(rows: Tensor) -> Tensor:
+    """``rows @ rows.T`` for two rows; by dot products, which no setting lets run in TF32 or bfloat16 as matrices do."""
+    clean, adv = rows
+    mixed = torch.dot(clean, adv)
+    return torch.stack([torch.dot(clean, clean), mixed, mixed, torch.dot(adv, adv)]).view(2, 2)

@@ -15,19 +15,20 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from robust_peft import keyed_random
 from robust_peft import surgery as surgeries
 from robust_peft.attacks import PGD
-from robust_peft.config import OptimConfig, ValidationConfig
+from robust_peft.config import OptimConfig, ValidationConfig, to_dict
 from robust_peft.losses import Loss, make_loss
-from robust_peft.training.drop_path import has_dropout, key_drop_paths
+from robust_peft.processes import on_cpu
+from robust_peft.training.drop_path import KeyedDropPaths, has_dropout
 from robust_peft.training.gradients import GradientPair, Surgery
 from robust_peft.training.optim import MovingAverage, make_optimizer, make_schedule
 from robust_peft.training.precision import autocast_for, resolve_precision
 from robust_peft.training.progress import Progress
-from robust_peft.training.state import Checkpoint, MetricsLog, RunState, restore
+from robust_peft.training.state import STATE_FILE, Checkpoint, MetricsLog, RunState, restore
 from robust_peft.training.step import AUGMENTATION, EXTRAS, Batch, add_gradients
 from robust_peft.training.update import Update
 from robust_peft.training.validation import validate
@@ -77,7 +78,7 @@ class Trainer:
         output: Run folder for metrics and state; None writes nothing.
         save_every_steps: Optimizer steps between saved states; None: once an epoch.
         log_with: Trackers by their Accelerate names, or trackers of one's own (`accelerate.tracking.GeneralTracker`).
-        settings: What a resumed run must agree with, as plain JSON values.
+        settings: What a resumed run must agree with besides these arguments, as plain JSON values.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -119,7 +120,6 @@ class Trainer:
         self.seed = seed
         self.output = None if output is None else Path(output)
         self.save_every_steps = save_every_steps
-        self.settings = settings or {}
         self.show_progress = progress
         if conflict_params not in ("all", "adapters"):
             raise ValueError(f"conflict_params should be all or adapters. Found conflict_params = {conflict_params!r}.")
@@ -144,7 +144,7 @@ class Trainer:
         # different precision (Accelerate's state is one for the whole process).
         self.accelerator = Accelerator(
             # Without this, processes that torchrun starts on a machine without a GPU would each train alone.
-            cpu=not torch.accelerator.is_available(),
+            cpu=on_cpu(),
             log_with=list(log_with) or None,
             project_dir=str(self.output) if self.output is not None else None,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed, even_batches=False),
@@ -167,6 +167,19 @@ class Trainer:
         self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         # A float64 model is trained in float64 from the pixels on.
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for _, p in self.trainable) else torch.float32
+        self.settings = {
+            "attack": repr(attack),
+            "loss": repr(self.loss),
+            "surgery": repr(self.surgery),
+            "optim": to_dict(self.optim),
+            "validation": to_dict(self.validation),
+            "augment": repr(augment),
+            "conflict_params": conflict_params,
+            "scope": scope,
+            "measure_conflict": measure_conflict,
+            "precision": self.precision,
+            "seed": seed,
+        } | (settings or {})
         adapters_only = conflict_params == "adapters"
         self.pair = GradientPair(
             self.trainable,
@@ -214,6 +227,8 @@ class Trainer:
         average = MovingAverage(parameters, self.optim.ema_decay) if self.optim.ema_decay is not None else None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         run = RunState()
+        if self.output is not None and not resume and (self.output / STATE_FILE).is_file():
+            raise FileExistsError(f"{self.output} holds the state of a run. Go on with resume=True, or name another.")
         checkpoint = Checkpoint(self.output, self.settings, self.trained_tensors, optimizer, schedule, scaler, average)
         if resume:
             checkpoint.load(run)
@@ -232,7 +247,7 @@ class Trainer:
         if self.log_with:
             self.accelerator.init_trackers("robust_peft", config=_flat(self.settings))
         self._num_classes = self._count_classes(loader)
-        seed_dropout = key_drop_paths(self.model)
+        drop_paths = KeyedDropPaths(self.model)
         self._draws_dropout = has_dropout(self.model)
         before_this_piece = run.seconds
         stopped = False
@@ -242,13 +257,13 @@ class Trainer:
             if self.accelerator.is_main_process:
                 checkpoint.save(run)
 
-        with Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
+        with drop_paths, Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
             while run.epoch < self.optim.epochs and not stopped:
                 loader.set_epoch(run.epoch)
                 source: Any = skip_first_batches(loader, run.batch) if run.batch else loader
                 # skip_first_batches makes a new loader, which would start at epoch 0 again.
                 source.set_epoch(run.epoch)
-                self.model.train()
+                self._train_mode()
                 self.pair.clear()
                 held: list[Batch] = []
                 step_started = time.monotonic()
@@ -270,7 +285,7 @@ class Trainer:
                             loss_weights=self.loss_weights,
                             autocast=self._autocast,
                             scale=scaler.scale,
-                            seed_dropout=seed_dropout,
+                            seed_dropout=drop_paths.set_keys,
                         )
                     held.clear()
                     late = time_limit is not None and time.monotonic() - started > time_limit
@@ -296,6 +311,7 @@ class Trainer:
                 if run.batch >= batches:
                     run.epoch, run.batch = run.epoch + 1, 0
                     last = run.epoch == self.optim.epochs
+                    self._share_running_statistics()
                     every = self.validation.every
                     if validation is not None and every and (last or run.epoch % every == 0):
                         self._validate(run, validation, average, progress)
@@ -305,8 +321,27 @@ class Trainer:
             self._keep(run, average)
         self.model.eval()
         if self.log_with:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # end_training() would also part the processes
+                tracker.finish()
         return FitResult(finished, run.step, run.seconds, run.best if finished else None, run.log.records)
+
+    def _train_mode(self) -> None:
+        """Train mode, but for normalisations of the frozen backbone: their running statistics are part of it."""
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                if not any(parameter.requires_grad for parameter in module.parameters()):
+                    module.eval()
+
+    def _share_running_statistics(self) -> None:
+        """Average over ranks what each rank's batches made of trained BatchNorms' running statistics."""
+        if self.accelerator.num_processes == 1:
+            return
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
+                for buffer in (module.running_mean, module.running_var):
+                    if buffer is not None:
+                        buffer.copy_(self._all_reduce(buffer) / self.accelerator.num_processes)
 
     def _check_finite(self, run: RunState, record: dict[str, Any]) -> None:
         if run.skipped_in_a_row >= MOST_SKIPPED[self.precision]:
@@ -323,6 +358,14 @@ class Trainer:
         world = self.accelerator.num_processes
         if world > 1 and not loader.drop_last:
             raise ValueError("With several processes the training loader needs drop_last=True: every rank must step.")
+        known = (RandomSampler, SequentialSampler)
+        for part, kinds in ((loader.sampler, known), (loader.batch_sampler, (BatchSampler,))):
+            exact = world > 1 or self.output is not None
+            if exact and not (type(part) in kinds or hasattr(part, "set_epoch")):
+                raise ValueError(
+                    f"{type(part).__name__} cannot be shared between processes or resumed: its order is not a function "
+                    "of seed and epoch. Take shuffle=True, or give it a method set_epoch."
+                )
         prepared = self.accelerator.prepare_data_loader(loader, device_placement=False)
         if len(prepared) == 0:
             raise ValueError(f"The training loader is empty: fewer samples than {world} batches of its size.")

@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 
 sys.path.insert(0, sys.argv[1])
-from builders import tiny_adapted, tiny_attack, tiny_images, tiny_optim  # noqa: E402
+from builders import ListTracker, tiny_adapted, tiny_attack, tiny_images, tiny_optim  # noqa: E402
 
 import robust_peft as rp  # noqa: E402
 from robust_peft.data import CropFlip, evaluation_loader, train_loader  # noqa: E402
@@ -24,6 +24,7 @@ def main(output: str, joined_batch: int, accumulation: int, dtype: str, loss: st
             starts.append((keys.tolist(), self.threat.random_start(images, keys).sum(dim=(1, 2, 3)).tolist()))
             return super().perturb(model, images, labels, keys=keys, objective=objective, targets=targets)
 
+    tracker = ListTracker()
     attack = Noting(rp.ThreatModel("linf", "8/255"), steps=3)
     assert type(tiny_attack()) is rp.attacks.PGD
     trainer = rp.Trainer(
@@ -35,10 +36,12 @@ def main(output: str, joined_batch: int, accumulation: int, dtype: str, loss: st
         augment=CropFlip(padding=2),
         precision="fp32",
         progress=False,
+        log_with=(tracker,),
     )
     images = tiny_images(24)
     loader = train_loader(images, joined_batch // world // accumulation)
     result = trainer.fit(loader, evaluation_loader(tiny_images(23, seed=1), 5))
+    assert len(tracker.logged) == (result.steps if PartialState().is_main_process else 0)
     report = rp.evaluate(model, tiny_images(23, seed=1), [attack.threat], ["pgd-3"], batch_size=4)
     draws = [dict(zip(keys, sums, strict=True)) for keys, sums in starts]
     gathered = [draws]

@@ -56,7 +56,7 @@ def test_a_sample_that_is_wrong_without_attack_is_broken_under_every_attack():
 
 
 @pytest.mark.parametrize("cheat", ["outside the ball", "outside the box", "not a number"])
-def test_only_what_is_inside_ball_and_box_counts(monkeypatch, cheat):
+def test_an_attack_that_leaves_ball_or_box_is_an_error_and_no_verdict(monkeypatch, cheat):
     def cheated(model, images, labels, *, keys):
         flipped = (1 - images).clone()
         return {
@@ -69,8 +69,32 @@ def test_only_what_is_inside_ball_and_box_counts(monkeypatch, cheat):
         perturb = staticmethod(cheated)
 
     monkeypatch.setattr(evaluator, "make_attack", lambda name, threat: Cheat)
-    report = rp.evaluate(Brightness(), images_at(LEVELS), [THREAT], ["pgd-1"])
-    assert report[THREAT, "pgd-1"] == Accuracy(6, 6)
+    with pytest.raises(RuntimeError, match="pgd-1 left the ball or the box"):
+        rp.evaluate(Brightness(), images_at(LEVELS), [THREAT], ["pgd-1"])
+
+
+def test_gradients_that_are_no_numbers_do_not_make_a_model_robust():
+    class Poisoned(Brightness):
+        def forward(self, images):
+            # Adds nothing, but its gradient at a zero pixel is 0 * inf.
+            return super().forward(images) + 0 * images[:, 0, 0, :1].clamp(max=0).neg().sqrt()
+
+    data = images_at(LEVELS)
+    sound = rp.evaluate(Brightness(), data, [WIDER], ["pgd-5"])
+    assert (
+        rp.evaluate(Poisoned(), data, [WIDER], ["pgd-5"])[WIDER, "pgd-5"].correct <= sound[WIDER, "pgd-5"].correct + 1
+    )
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_callers_matmul_precision_comes_back(precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        rp.evaluate(Brightness(), images_at(LEVELS), [THREAT], ["pgd-1"])
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_model_that_answers_nan_is_not_right():
@@ -182,6 +206,12 @@ def test_limit_takes_the_first():
             ["fgsm"],
             "images should lie in",
         ),
+        (
+            torch.utils.data.TensorDataset(torch.rand(2, 3, 4, 4) * 255, torch.tensor([0, 0])),
+            [],
+            "images should lie in",
+        ),
+        (torch.utils.data.TensorDataset(torch.ones(2, 3, 4, 4).long(), torch.tensor([0, 0])), [], "uint8 or floating"),
     ],
 )
 def test_bad_input(data, attacks, message):

@@ -76,6 +76,13 @@ def test_quickstart(tmp_path):
     assert again.returncode == 2 and "holds a run" in again.stderr
 
 
+def test_quickstart_on_two_processes(tmp_path):
+    execute(RECIPES / "quickstart.py", "--output", tmp_path, "--limit", "120", "--epochs", "1", processes=2)
+    description = json.loads((tmp_path / "ca-at-0.9" / "config.json").read_text())
+    assert description["processes"] == 2
+    assert "| method" in (tmp_path / "table.md").read_text()
+
+
 def test_quickstart_scan_leaves_the_test_digits_unseen(tmp_path):
     flags = ["--output", tmp_path, "--eps", "0.1", "--lr", "0.01", "--lam", "0.5", "--limit", "12", "--epochs", "1"]
     printed = execute(RECIPES / "quickstart_scan.py", *flags)

@@ -1,6 +1,7 @@
 """Tiny models and data that the tests of the training room share."""
 
 import torch
+from accelerate.tracking import GeneralTracker
 
 import robust_peft as rp
 from robust_peft.config import OptimConfig
@@ -49,3 +50,24 @@ def tiny_optim(**options: object) -> OptimConfig:
 def tiny_attack(**options: object) -> object:
     """PGD with two steps."""
     return rp.attacks.PGD(rp.ThreatModel("linf", "8/255"), **({"steps": 2} | options))
+
+
+class ListTracker(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name = "list"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__(_blank=True)
+        self.config, self.logged = None, []
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **_):
+        self.logged.append((step, values))

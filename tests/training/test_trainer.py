@@ -1,12 +1,12 @@
 """What a training changes, how exactly it resumes, and what it refuses."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker
-from builders import CLASSES, tiny_adapted, tiny_attack, tiny_backbone, tiny_images, tiny_optim
+from builders import CLASSES, ListTracker, tiny_adapted, tiny_attack, tiny_backbone, tiny_images, tiny_optim
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -285,32 +285,11 @@ def test_several_in_a_row_stop_the_run_and_name_loss_step_and_state(tmp_path):
         trainer_for(model, output=tmp_path).fit(train_loader(tiny_images(), BATCH))
 
 
-class ListTracker(GeneralTracker):
-    """A tracker that keeps what it is told."""
-
-    name = "list"
-    requires_logging_directory = False
-
-    def __init__(self):
-        super().__init__(_blank=True)
-        self.config, self.logged = None, []
-
-    @property
-    def tracker(self):
-        return self
-
-    def store_init_configuration(self, values):
-        self.config = values
-
-    def log(self, values, step=None, **_):
-        self.logged.append((step, values))
-
-
 def test_trackers_are_told_settings_and_every_step():
     tracker = ListTracker()
     settings = {"optim": {"lr": 0.01}, "blocks": [1, 2]}
     trainer_for(tiny_adapted(), log_with=(tracker,), settings=settings).fit(train_loader(tiny_images(), BATCH))
-    assert tracker.config == {"optim.lr": 0.01, "blocks": "[1, 2]"}
+    assert {"optim.lr": 0.01, "blocks": "[1, 2]", "seed": 0}.items() <= tracker.config.items()
     assert [step for step, _ in tracker.logged] == list(range(8))
     assert all({"cos", "mu", "clean_loss", "adv_loss", "lr"} <= values.keys() for _, values in tracker.logged)
 
@@ -376,6 +355,62 @@ def test_settings_that_make_no_sense(options, message):
 def test_a_frozen_model():
     with pytest.raises(ValueError, match="no trainable parameter"):
         trainer_for(tiny_backbone().requires_grad_(False))
+
+
+def test_another_run_is_not_overwritten_unasked(tmp_path):
+    trainer_for(tiny_adapted(), output=tmp_path).fit(train_loader(tiny_images(), BATCH))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(FileExistsError, match="resume=True"):
+        trainer_for(tiny_adapted(), output=tmp_path).fit(train_loader(tiny_images(), BATCH))
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_resuming_with_another_attack_or_rate_is_refused_without_settings_too(tmp_path):
+    trainer_for(tiny_adapted(), output=tmp_path).fit(train_loader(tiny_images(), BATCH))
+    other = trainer_for(tiny_adapted(), output=tmp_path, attack=tiny_attack(steps=3), optim=tiny_optim(lr=0.5))
+    with pytest.raises(ValueError, match="other settings: attack, optim"):
+        other.fit(train_loader(tiny_images(), BATCH), resume=True)
+
+
+def test_an_order_that_cannot_be_resumed_is_refused(tmp_path):
+    sampler = torch.utils.data.WeightedRandomSampler([1.0] * 24, 24)
+    loader = DataLoader(tiny_images(), 6, sampler=sampler, drop_last=True)
+    with pytest.raises(ValueError, match="WeightedRandomSampler cannot be shared"):
+        trainer_for(tiny_adapted(), output=tmp_path).fit(loader)
+
+
+class Convolutional(nn.Module):
+    """A network with BatchNorm, running statistics and all."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, CLASSES)
+
+    def forward(self, images):
+        return self.head(self.bn(self.conv(images)).mean(dim=(2, 3)))
+
+
+def test_a_frozen_batchnorm_keeps_its_statistics_and_a_trained_one_learns_them():
+    for method, moves in (("linear", False), ("full", True)):
+        torch.manual_seed(0)
+        model = rp.attach(Convolutional(), method)
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        trainer_for(model).fit(train_loader(tiny_images(), BATCH))
+        moved = {name for name, b in model.named_buffers() if not torch.equal(b, before[name])}
+        assert bool(moved) == moves
+
+
+def test_drop_path_is_itself_again_after_training():
+    model = tiny_adapted(drop_path_rate=0.5)
+    trainer_for(model).fit(train_loader(tiny_images(), BATCH))
+    model.train()
+    images = torch.rand(5, 3, 16, 16)  # another batch size than in training
+    torch.manual_seed(0)
+    first = model(images)
+    assert not torch.equal(first, model(images))  # drawn anew
+    copied = copy.deepcopy(model).eval()
+    assert torch.equal(copied(images), copied(images))
+    assert torch.equal(copied(images), model.eval()(images))
 
 
 # --- optimizer and schedule ---
