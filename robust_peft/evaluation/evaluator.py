@@ -231,14 +231,10 @@ def _plain_float32() -> Iterator[None]:
 
     By torch's switch for each backend; the older ones (allow_tf32) cannot be mixed with it.
     """
-    backends = torch.backends
-    switches = [
-        backends.cuda.matmul,
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-        backends.mkldnn.matmul,
-        backends.mkldnn.conv,
-    ]
+    backends: Any = torch.backends
+    places = ((backends.cuda, "matmul"), (backends.cudnn, "conv"), (backends.cudnn, "rnn"))
+    places += ((backends.mkldnn, "matmul"), (backends.mkldnn, "conv"))
+    switches: list[Any] = [getattr(backend, name, None) for backend, name in places]
     switches = [switch for switch in switches if hasattr(switch, "fp32_precision")]
     before = [switch.fp32_precision for switch in switches]
     try:
