@@ -54,10 +54,12 @@ def test_two_processes_draw_the_same_in_float32(tmp_path):
 
 def test_one_process_that_believes_to_be_alone_is_refused(tmp_path, monkeypatch):
     import robust_peft as rp
+    from robust_peft.processes import process_state
 
     sys.path.insert(0, str(BUILDERS))
     from builders import tiny_adapted, tiny_attack
 
+    process_state()  # made while this process was alone, as a program does that asks Accelerate before the launcher's say
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, but Accelerate joined 1"):
         rp.Trainer(tiny_adapted(), attack=tiny_attack(), progress=False)
