@@ -59,7 +59,7 @@ def test_one_process_that_believes_to_be_alone_is_refused(tmp_path, monkeypatch)
     sys.path.insert(0, str(BUILDERS))
     from builders import tiny_adapted, tiny_attack
 
-    process_state()  # made while this process was alone, as a program does that asks Accelerate before the launcher's say
+    process_state()  # made while this process was alone
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, but Accelerate joined 1"):
         rp.Trainer(tiny_adapted(), attack=tiny_attack(), progress=False)
