@@ -1,6 +1,6 @@
 """From the finished pretraining run to the weights in the package: rounded to float16, measured as they ship.
 
-    python recipes/export_micro_swin.py --run runs/pretrain_micro_swin --test test.parquet
+    python recipes/export_micro_swin.py --source runs/pretrain_micro_swin --test test.parquet
 
 Writes ``micro_swin.safetensors`` and its card ``micro_swin.json`` (how it was trained, the curve on validation images,
 accuracies on all test images) to OUTPUT, and the curve as a picture beside them. ``torchrun --nproc_per_node 2`` shares
@@ -20,7 +20,7 @@ from robust_peft.files import read_json, write_json, write_whole
 class Export:
     """Round, measure and describe the embedded backbone."""
 
-    run: str
+    source: str
     """Finished run folder of recipes/pretrain_micro_swin.py."""
     test: str
     """Parquet file of CIFAR-10's test images."""
@@ -43,7 +43,7 @@ def main(arguments: Export) -> None:
     from robust_peft.processes import process_state
     from robust_peft.runs import load_run_config, make_threat, make_training_attack
 
-    run, output = Path(arguments.run), Path(arguments.output)
+    run, output = Path(arguments.source), Path(arguments.output)
     weights = output / "micro_swin.safetensors"
     state = process_state()
     if state.is_main_process:

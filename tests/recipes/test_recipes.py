@@ -107,7 +107,7 @@ def test_pretrain_micro_swin(tmp_path, parquet_files, processes):
     assert [json.loads(line)["images"] for line in lines[:-1]] == [8, 8]
     assert rp.load_run(tmp_path / "run")(torch.rand(1, 3, 32, 32)).shape == (1, 10)
     if processes == 1:
-        export = ["--run", tmp_path / "run", "--test", parquet_files / "test.parquet", "--output", tmp_path / "weights"]
+        export = ["--source", tmp_path / "run", "--test", parquet_files / "test.parquet", "--output", tmp_path / "weights"]
         printed = execute(RECIPES / "export_micro_swin.py", *export, "--attacks", "fgsm")
         assert printed.count("n=10") == 2
         assert sorted(p.name for p in (tmp_path / "weights").iterdir()) == [
