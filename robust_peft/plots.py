@@ -55,26 +55,46 @@ def plot_front(points: Sequence[Point], path: str | Path, *, attack: str, title:
             x, y, xerr=x_error, yerr=y_error, fmt=marker, color=colour, markersize=8, elinewidth=1, capsize=2,
             alpha=0.9, label=family,
         )  # fmt: skip
-        for i, member in enumerate(members):
-            # Families write on different sides, so that neighbouring labels of two families stay readable.
-            side = 1 if place % 2 == 0 else -1
-            axes.annotate(
-                member.label,
-                (x[i], y[i]),
-                xytext=(7 * side, 7 * side),
-                textcoords="offset points",
-                ha="left" if side > 0 else "right",
-                va="bottom" if side > 0 else "top",
-                fontsize=9,
-                color=colour,
-            )
-    axes.margins(0.18)
+    axes.margins(0.2)
     axes.set_xlabel(f"standard accuracy (%), n={points[0].standard.total}")
     axes.set_ylabel(f"adversarial accuracy (%), {attack}, n={points[0].adversarial.total}")
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], -4))
     axes.legend(loc="best", frameon=False)
+    figure.canvas.draw()  # settles the layout, which the labels' places are measured in
+    _label_points(axes, points, families)
     return _save(figure, path)
+
+
+def _label_points(axes: Any, points: Sequence[Point], families: Sequence[str]) -> None:
+    """Write each point's label at the one of eight places around it that is farthest from points and other labels."""
+    places = [axes.transData.transform((100 * p.standard.accuracy, 100 * p.adversarial.accuracy)) for p in points]
+    taken = [(x, y) for x, y in places]
+    for (x, y), point in zip(places, points, strict=True):
+        around = [(dx, dy) for dx in (-50, 0, 50) for dy in (-30, 0, 30) if dx or dy]
+        dx, dy = max(
+            around,
+            key=lambda o: (
+                min((x + o[0] - tx) ** 2 + 4 * (y + o[1] - ty) ** 2 for tx, ty in taken if (tx, ty) != (x, y))
+                if len(taken) > 1
+                else -abs(o[1])
+            ),
+        )
+        taken.append((x + dx, y + dy))
+        axes.annotate(
+            point.label,
+            (x, y),
+            xycoords="figure pixels",
+            xytext=(x + dx, y + dy),
+            textcoords="figure pixels",
+            ha={-50: "right", 0: "center", 50: "left"}[dx],
+            va={-30: "top", 0: "center", 30: "bottom"}[dy],
+            fontsize=9,
+            color=STYLES[families.index(point.method) % len(STYLES)][1],
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.5", "shrinkB": 4},
+        )
 
 
 def plot_curve(

@@ -24,9 +24,9 @@ PRESETS: dict[str, RunConfig] = {
         attack=AttackConfig(name="pgd", steps=3),
         surgery=SurgeryConfig(name="ca-at", gamma=0.8),
         data=DataConfig(name="digits", batch_size=50, augment=False),
-        optim=OptimConfig(lr=1e-2, weight_decay=0.01, epochs=1, warmup_epochs=0.1),
+        optim=OptimConfig(lr=3e-2, weight_decay=0.01, epochs=1, warmup_epochs=0.1),
         validation=ValidationConfig(every=0),
-        evaluation=EvaluationConfig(attacks=("clean", "pgd-20"), limit=500, batch_size=250),
+        evaluation=EvaluationConfig(attacks=("clean", "pgd-10"), limit=400, batch_size=250),
     ),
     # The embedded backbone: every parameter, from random weights, on all of CIFAR-10.
     "pretrain_micro_swin": RunConfig(

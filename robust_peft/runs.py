@@ -430,7 +430,7 @@ def _card(config: RunConfig, result: RunResult) -> str:
         f"{config.backbone.name} fine-tuned on {config.data.name} by {config.adapter.name} "
         f"({result.trainable_parameters:,} trainable parameters, {result.bytes_on_disk / 1e6:.2f} MB), "
         f"{describe_surgery(config.surgery)}, loss {config.loss}, {make_training_attack(config)}; "
-        f"{config.optim.epochs} epochs in {result.fit.seconds:.0f} s on {description['device']}, "
+        f"{config.optim.epochs} epoch(s) in {result.fit.seconds:.0f} s on {description['device']}, "
         f"{description['precision']}, {description['processes']} process(es), seed {config.seed}.",
         "",
     ]

@@ -42,9 +42,10 @@ class ThreatModel:
         object.__setattr__(self, "box", None if box is None else (float(box[0]), float(box[1])))
 
     def __str__(self) -> str:
-        as_pixels = self.eps * 255
-        readable = f"{as_pixels:g}/255" if abs(as_pixels - round(as_pixels)) < 1e-6 and self.norm == "linf" else None
-        return f"{ {'linf': 'L-inf', 'l2': 'L2'}[self.norm] } {readable or format(self.eps, 'g')}"
+        as_pixels, readable = self.eps * 255, format(self.eps, "g")
+        if self.norm == "linf" and len(readable) > 5 and abs(as_pixels - round(as_pixels)) < 1e-6:
+            readable = f"{as_pixels:g}/255"
+        return f"{ {'linf': 'L-inf', 'l2': 'L2'}[self.norm] } {readable}"
 
     def random_start(self, images: Tensor, keys: Tensor) -> Tensor:
         """A point drawn uniformly from the ball and moved into the box.

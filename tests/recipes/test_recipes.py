@@ -58,7 +58,7 @@ def test_quickstart(tmp_path):
     methods = ["vanilla, lam 0", "vanilla, lam 0.5", "vanilla, lam 1", "CA-AT, gamma 0.8", "CA-AT, gamma 0.9"]
     table = [line for line in printed.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in table[2:]] == methods
-    assert "adversarial accuracy (AA), %, PGD-20" in table[0] and "n=20 test digits" in printed
+    assert "adversarial accuracy (AA), %, PGD-10" in table[0] and "n=20 test digits" in printed
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "| method" in (tmp_path / "table.md").read_text()
     folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
@@ -107,7 +107,14 @@ def test_pretrain_micro_swin(tmp_path, parquet_files, processes):
     assert [json.loads(line)["images"] for line in lines[:-1]] == [8, 8]
     assert rp.load_run(tmp_path / "run")(torch.rand(1, 3, 32, 32)).shape == (1, 10)
     if processes == 1:
-        export = ["--source", tmp_path / "run", "--test", parquet_files / "test.parquet", "--output", tmp_path / "weights"]
+        export = [
+            "--source",
+            tmp_path / "run",
+            "--test",
+            parquet_files / "test.parquet",
+            "--output",
+            tmp_path / "weights",
+        ]
         printed = execute(RECIPES / "export_micro_swin.py", *export, "--attacks", "fgsm")
         assert printed.count("n=10") == 2
         assert sorted(p.name for p in (tmp_path / "weights").iterdir()) == [
