@@ -71,30 +71,28 @@ def _label_points(axes: Any, points: Sequence[Point], families: Sequence[str]) -
     """Write each point's label at the one of eight places around it that is farthest from points and other labels."""
     places = [axes.transData.transform((100 * p.standard.accuracy, 100 * p.adversarial.accuracy)) for p in points]
     taken = [(x, y) for x, y in places]
+    to_points = 72 / axes.figure.dpi
     for (x, y), point in zip(places, points, strict=True):
-        around = [(dx, dy) for dx in (-50, 0, 50) for dy in (-30, 0, 30) if dx or dy]
-        dx, dy = max(
-            around,
-            key=lambda o: (
-                min((x + o[0] - tx) ** 2 + 4 * (y + o[1] - ty) ** 2 for tx, ty in taken if (tx, ty) != (x, y))
-                if len(taken) > 1
-                else -abs(o[1])
-            ),
-        )
+
+        def room(offset: tuple[int, int], x: float = x, y: float = y) -> float:
+            # Labels are wide, so a distance upwards counts double.
+            others = [(tx, ty) for tx, ty in taken if (tx, ty) != (x, y)]
+            return min(((x + offset[0] - tx) ** 2 + 4 * (y + offset[1] - ty) ** 2 for tx, ty in others), default=0)
+
+        dx, dy = max(((dx, dy) for dx in (-50, 50, 0) for dy in (30, -30, 0) if dx or dy), key=room)
         taken.append((x + dx, y + dy))
-        axes.annotate(
+        label = axes.annotate(
             point.label,
-            (x, y),
-            xycoords="figure pixels",
-            xytext=(x + dx, y + dy),
-            textcoords="figure pixels",
+            (100 * point.standard.accuracy, 100 * point.adversarial.accuracy),
+            xytext=(dx * to_points, dy * to_points),
+            textcoords="offset points",
             ha={-50: "right", 0: "center", 50: "left"}[dx],
             va={-30: "top", 0: "center", 30: "bottom"}[dy],
             fontsize=9,
             color=STYLES[families.index(point.method) % len(STYLES)][1],
-            annotation_clip=False,
             arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.5", "shrinkB": 4},
         )
+        label.set_in_layout(False)
 
 
 def plot_curve(
