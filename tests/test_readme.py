@@ -14,7 +14,19 @@ PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    """The fenced blocks of that language, in order."""
+    found, current, inside = [], None, False
+    for line in page.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.startswith("```"):
+            if not inside:
+                current = [] if line.strip() == f"```{language}" else None
+            elif current is not None:
+                found.append("".join(current))
+            inside = not inside
+        elif inside and current is not None:
+            current.append(line)
+    assert not inside, f"{page.name} opens a block and does not close it"
+    return found
 
 
 def test_the_readme_s_python_runs(tmp_path, monkeypatch, capsys):

@@ -427,8 +427,9 @@ class Trainer:
     # --- records ---
 
     def _log(self, run: RunState, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            run.log.add({k: v for k, v in record.items() if k != "stop"})
+        if not self.accelerator.is_main_process:
+            return
+        run.log.add({k: v for k, v in record.items() if k != "stop"})
         if self.log_with:
             numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
             self.accelerator.log(numbers, step=record["step"])

@@ -41,7 +41,7 @@ def main(output: str, joined_batch: int, accumulation: int, dtype: str, loss: st
     images = tiny_images(24)
     loader = train_loader(images, joined_batch // world // accumulation)
     result = trainer.fit(loader, evaluation_loader(tiny_images(23, seed=1), 5))
-    assert len(tracker.logged) == (result.steps if PartialState().is_main_process else 0)
+    assert len(tracker.logged) == (len(result.history) if PartialState().is_main_process else 0)
     report = rp.evaluate(model, tiny_images(23, seed=1), [attack.threat], ["pgd-3"], batch_size=4)
     draws = [dict(zip(keys, sums, strict=True)) for keys, sums in starts]
     gathered = [draws]
