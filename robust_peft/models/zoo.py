@@ -173,11 +173,6 @@ def _no_download(name: str, error: Exception) -> OSError:
     )
 
 
-def embedded_weights_exist() -> bool:
-    """Whether the package carries the embedded backbone's weights (before they are trained it does not)."""
-    return (resources.files("robust_peft.models") / "weights" / EMBEDDED_WEIGHTS).is_file()
-
-
 @torch.no_grad()
 def new_head(head: nn.Module, seed: int) -> None:
     """Give a classifier head fresh random weights, the same for the same seed.

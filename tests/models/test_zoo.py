@@ -100,8 +100,6 @@ def test_class_count_is_the_weights_own_where_none_is_asked_for(swin_file: tuple
 
 
 def test_embedded_weights() -> None:
-    if not embedded_weights_exist():
-        pytest.skip("the embedded backbone is not trained yet")
     first, second = load_backbone("micro_swin"), load_backbone("micro_swin")
     logits = logits_of(first, images_of())
     assert logits.shape == (2, 10) and torch.equal(logits, logits_of(second, images_of()))
