@@ -17,7 +17,6 @@ from torch.testing import assert_close
 
 from robust_peft.models import ENTRIES, Normalized, load_backbone, new_head
 from robust_peft.models.micro_swin import micro_swin
-from robust_peft.models.zoo import embedded_weights_exist
 
 TINY = dict(num_classes=5, checkpoint="random")
 
