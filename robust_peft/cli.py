@@ -86,6 +86,10 @@ def guarded(action: Callable[[], Any]) -> int:
     """Run an action; a user's mistake becomes one line on standard error and exit status 2."""
     try:
         action()
+        if "torch.distributed" in sys.modules:
+            from robust_peft.processes import leave
+
+            leave()
     except (ValueError, OSError, ImportError, FloatingPointError, KeyError) as error:
         return _report(error)
     except KeyboardInterrupt:

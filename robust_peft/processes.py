@@ -31,6 +31,14 @@ def gather(items: list[T]) -> list[T]:
     return gather_object(items) if process_state().num_processes > 1 else items
 
 
+def leave() -> None:
+    """Part from the other processes once all are done; without, a process that ends first may abort in its threads."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        state = process_state()
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+
 def on_main_or_raise(action: Any) -> None:
     """Run ``action`` on the main process; what it raises is raised on every process, so that none waits for ever."""
     error: Exception | None = None

@@ -11,6 +11,7 @@ from builders import ListTracker, tiny_adapted, tiny_attack, tiny_images, tiny_o
 
 import robust_peft as rp  # noqa: E402
 from robust_peft.data import CropFlip, evaluation_loader, train_loader  # noqa: E402
+from robust_peft.processes import leave  # noqa: E402
 
 
 def main(output: str, joined_batch: int, accumulation: int, dtype: str, loss: str) -> None:
@@ -64,8 +65,7 @@ def main(output: str, joined_batch: int, accumulation: int, dtype: str, loss: st
             },
             output,
         )
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
