@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ def _train_preset(preset: str, arguments: Sequence[str], output: str | None, pro
     if not is_main_process():
         return
     if not result.finished:
-        print(f"Stopped at step {result.fit.steps} by the time limit; go on with --resume --output {parsed.output}")
+        print(f"Stopped at step {result.fit.steps} by the time limit; go on with the same command and --resume.")
         return
     if result.report is not None:
         print(result.report)
@@ -146,6 +147,8 @@ def _evaluate(arguments: list[str]) -> None:
 
     config = load_run_config(parsed.folder)
     threat = make_threat(config)
+    if parsed.norm not in (None, threat.norm) and parsed.eps is None:
+        raise ValueError(f"--norm {parsed.norm} needs --eps: the run's own budget, {threat}, is one of another norm.")
     if parsed.norm is not None or parsed.eps is not None:
         threat = ThreatModel(parsed.norm or threat.norm, parsed.eps if parsed.eps is not None else threat.eps)
     test = load_data(config.data).test
@@ -164,7 +167,9 @@ def _evaluate(arguments: list[str]) -> None:
     if not is_main_process():
         return
     print(report)
-    if parsed.json is not None:
+    if parsed.json is None:
+        print("Not saved; --json FILE keeps it.")
+    else:
         report.save(parsed.json)
 
 
@@ -200,7 +205,7 @@ def _one_line(box: str) -> str:
         if line.startswith(("Argument helptext", "For full helptext", "Perhaps you meant", "Similar")):
             inside = inside[:place]
             break
-    return " ".join(inside[1:] or inside) + " See --help."
+    return " ".join(inside[1:] or inside).rstrip(".") + ". See --help."
 
 
 def with_methods(preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
@@ -210,7 +215,7 @@ def with_methods(preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """
     for part, name, table in METHOD_PARAMETERS:
         flag = f"--{part}.{name}"
-        given = [value for key, value in zip(arguments, [*arguments[1:], ""], strict=True) if key == flag]
+        given = [value for key, value in itertools.pairwise(arguments) if key == flag]
         given += [argument.split("=", 1)[1] for argument in arguments if argument.startswith(f"{flag}=")]
         config = getattr(preset, part)
         if given and given[-1] in table and given[-1] != getattr(config, name):

@@ -327,7 +327,9 @@ def _check_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool
         started = from_dict(RunConfig, read_json(folder / "config.json")["config"])
         changed = differences(started, config)
         if changed:
-            raise ValueError(f"The run in {folder} was started with other settings: {'; '.join(changed)}.")
+            raise ValueError(
+                f"The run in {folder} was started with other settings: {'; '.join(changed)}. Give the same flags."
+            )
     elif holds_run and not overwrite:
         raise FileExistsError(f"{folder} holds a run. Resume it (--resume), replace it (--overwrite), or name another.")
     elif not holds_run and folder.is_dir() and any(folder.iterdir()):

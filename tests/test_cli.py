@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from robust_peft import cli
-from robust_peft.config import RunConfig, SurgeryConfig
+from robust_peft.config import RunConfig, SurgeryConfig, to_dict
+from robust_peft.files import write_json
 from robust_peft.presets import PRESETS
 
 BAD = [
@@ -59,6 +60,17 @@ def test_a_flag_that_names_another_method_drops_the_presets_parameters():
     assert changed.surgery == SurgeryConfig(name="vanilla")
     assert changed.adapter.name == "lora" and changed.adapter.reduction_factor is None
     assert cli.with_methods(default, ["--surgery.name", "ca-at"]) == default
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_preset_without_flags_is_the_preset(flags):
+    assert all(cli.with_methods(preset, flags) == preset for preset in PRESETS.values())
+
+
+def test_another_norm_needs_its_own_budget(tmp_path, capsys):
+    write_json(tmp_path / "config.json", {"config": to_dict(PRESETS["quickstart"])})
+    assert cli.main(["evaluate", str(tmp_path), "--norm", "l2"]) == 2
+    assert "--norm l2 needs --eps" in capsys.readouterr().err
 
 
 def test_help_needs_no_torch_and_shows_every_preset():

@@ -167,7 +167,11 @@ def evaluate(
     # Verdicts of this process's batches: sample index -> one bool for each job.
     own: dict[int, list[bool]] = {}
     starts = range(0, total, batch_size)[state.process_index :: state.num_processes]
-    with as_victim(model), _plain_float32(), tqdm(total=len(starts) * batch_size, disable=not progress) as bar:
+    with (
+        as_victim(model),
+        _plain_float32(),
+        tqdm(total=sum(min(batch_size, total - s) for s in starts), unit="img", disable=not progress) as bar,
+    ):
         for start in starts:
             indices = range(start, min(start + batch_size, total))
             images, labels, keys = _fetch(dataset, indices, model, seed)
@@ -188,7 +192,7 @@ def evaluate(
                 verdicts[-1][chosen] = _is_right(model, adv_images, labels[chosen])
             for index, column in zip(indices, torch.stack(verdicts).T.tolist(), strict=True):
                 own[index] = column
-            bar.update(batch_size)
+            bar.update(len(indices))
     gathered = gather(sorted(own.items()))
     verdicts_of = dict(gathered)
     if len(verdicts_of) != len(gathered) or sorted(verdicts_of) != list(range(total)):

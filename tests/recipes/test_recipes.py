@@ -98,7 +98,7 @@ def test_pretrain_micro_swin(tmp_path, parquet_files, processes):
     flags += ["--data.batch-size", 8 // processes, "--data.validation-share", "0.2", "--evaluation.attacks", "pgd-1"]
     recipe = RECIPES / "pretrain_micro_swin.py"
     printed = execute(recipe, *flags, "--time-limit", "0", processes=processes)
-    assert "go on with --resume" in printed
+    assert "the same command and --resume" in printed
     printed = execute(recipe, *flags, "--resume", processes=processes)
     assert printed.count("n=10") == 2 and printed.count("Run folder") == 1
     description = json.loads((tmp_path / "run" / "config.json").read_text())
