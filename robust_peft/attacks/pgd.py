@@ -182,7 +182,7 @@ class PGD:
             raise ValueError('objective "kl" has no targeted form; use "ce", "margin" or "dlr".')
 
 
-def FGSM(  # noqa: N802 - named as the field writes it, beside PGD
+def FGSM(  # named as the field writes it, beside PGD
     threat: ThreatModel,
     *,
     step_size: float | str | None = None,

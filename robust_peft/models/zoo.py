@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ Built = tuple[nn.Module, Sequence[float], Sequence[float]]
 
 
 def _embedded(num_classes: int | None, checkpoint: str | Path | None, image_size: int | None) -> Built:
-    build: Callable[[int], nn.Module] = lambda classes: micro_swin(classes, image_size=image_size or 32)  # noqa: E731
+    build = partial(micro_swin, image_size=image_size or 32)
     if checkpoint == "random":
         return build(num_classes or 10), MEAN, STD
     if checkpoint is not None:
