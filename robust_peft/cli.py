@@ -1,4 +1,4 @@
-"""The command line: ``robust-peft train | evaluate | zoo``. Errors of the user are one line and exit status 2."""
+"""The command line: ``robust-peft train | evaluate | audit | zoo``. Errors of the user are one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ USAGE = """usage: robust-peft COMMAND ...
 
   train [PRESET] [--flags]   train a run and evaluate it; --help shows every flag of the preset
                              presets: {presets}
-  evaluate FOLDER [--flags]  measure a finished run again, with attacks and budgets of your choice
-  zoo                        list the backbones
+  evaluate MODEL [--flags]   accuracy of a run or any model, without and under attacks and budgets of your choice
+  audit MODEL [--flags]      can its figure be believed? named checks, each with evidence
+  zoo [attacks]              list the backbones, or the attacks
 
 robust-peft COMMAND --help tells more.
 """
@@ -44,25 +45,51 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Measure a finished run on its test images."""
+class Subject:
+    """A model and the images that it is measured on."""
 
-    folder: Annotated[str, tyro.conf.Positional]
-    """Run folder."""
-    attacks: tuple[str, ...] = ("clean", "pgd-20")
-    """Attacks by name: clean, fgsm, pgd-K."""
+    source: Annotated[str, tyro.conf.Positional]
+    """Run folder, micro_swin, timm/NAME, hf/NAME, or module.py:factory."""
+    checkpoint: str | None = None
+    """Local safetensors file with weights for the named backbone."""
+    data: str | None = None
+    """digits, a folder of class folders, a .parquet or .safetensors file; None: the run's own test images."""
+    image_size: int | None = None
+    """Images of a folder are resized and cropped to so many pixels."""
     norm: str | None = None
-    """linf or l2; with eps, a threat model other than the run's own."""
-    eps: str | None = None
-    """Budget in pixel units, e.g. 8/255."""
+    """linf or l2; None: the run's own, else linf."""
     limit: int | None = None
-    """Only the first so many test images."""
+    """Only the first so many images."""
     batch_size: int = 128
     """Images in a batch."""
     seed: int = 0
-    """Seed of the attacks' random starts."""
+    """Seed of the attacks' random draws."""
+    transfer_from: str | None = None
+    """Second model, named as the first, for attacks that are carried over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Subject):
+    """Measure a model's accuracy without and under attacks."""
+
+    attacks: tuple[str, ...] = ("clean", "pgd-20")
+    """Attacks by name; `robust-peft zoo attacks` lists them."""
+    suite: str | None = None
+    """A list of attacks by name instead: paper, paper-official-code."""
+    eps: tuple[str, ...] = ()
+    """One or more budgets in pixel units, e.g. 4/255 8/255; none: the run's own."""
+    each: bool = False
+    """Try every attack on every sample, also those that another one has broken."""
+    precision: str = "fp32"
+    """fp32, or bf16 for the attacks' iterations; what counts is confirmed in float32."""
+    output: str | None = None
+    """Folder that keeps the verdicts of each batch; the same command goes on with it."""
+    save_images: bool = False
+    """Keep the adversarial images in that folder, and re-check them from the files."""
+    time_limit: float | None = None
+    """Seconds after which to stop cleanly; the same command with --output goes on."""
     json: str | None = None
-    """Also write the verdicts to this file."""
+    """Write the report to this file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "evaluate": _evaluate, "zoo": _zoo}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "audit": _audit,
+        "zoo": _zoo,
+    }
     command, rest = arguments[0], arguments[1:]
     if command not in commands:
         return _report(ValueError(f"command should be one of {', '.join(commands)}. Found {command!r}."))
@@ -138,44 +170,90 @@ def _train_preset(preset: str, arguments: Sequence[str], output: str | None, pro
 
 
 def _evaluate(arguments: list[str]) -> None:
-    parsed = parse(Evaluate, arguments, prog="robust-peft evaluate")
+    parsed: Evaluate = parse(Evaluate, arguments, prog="robust-peft evaluate")
 
+    from robust_peft.attacks import check_attack_name
     from robust_peft.evaluation import evaluate
-    from robust_peft.processes import process_state
-    from robust_peft.runs import load_data, load_run, load_run_config, make_threat
-    from robust_peft.threat import ThreatModel
 
-    config = load_run_config(parsed.folder)
-    threat = make_threat(config)
-    if parsed.norm not in (None, threat.norm) and parsed.eps is None:
-        raise ValueError(f"--norm {parsed.norm} needs --eps: the run's own budget, {threat}, is one of another norm.")
-    if parsed.norm is not None or parsed.eps is not None:
-        threat = ThreatModel(parsed.norm or threat.norm, parsed.eps if parsed.eps is not None else threat.eps)
-    test = load_data(config.data).test
-    if test is None:
-        raise ValueError(f"The run in {parsed.folder} has no test images.")
+    threats = _threats(parsed, parsed.eps)
+    for name in parsed.attacks:  # before a model is loaded
+        check_attack_name(name)
+    model, data, other = _subject(parsed)
     report = evaluate(
-        load_run(parsed.folder).to(process_state().device),
-        test,
-        [threat],
+        model,
+        data,
+        threats,
         parsed.attacks,
+        suite=parsed.suite,
         batch_size=parsed.batch_size,
         limit=parsed.limit,
         seed=parsed.seed,
+        each=parsed.each,
+        precision=parsed.precision,
+        transfer_from=other,
+        output=parsed.output,
+        save_images=parsed.save_images,
+        time_limit=parsed.time_limit,
         progress=True,
     )
     if not is_main_process():
         return
     print(report)
-    if parsed.json is None:
-        print("Not saved; --json FILE keeps it.")
+    where = parsed.json or (f"{parsed.output}/report.json" if parsed.output else None)
+    if not report.finished:
+        print("Stopped by the time limit." + (" The same command goes on." if parsed.output else ""))
+    if where is None:
+        print("Not saved; --output FOLDER keeps every verdict, --json FILE the report.")
     else:
-        report.save(parsed.json)
+        report.save(where)
+        print(f"Report: {where}")
+
+
+def _threats(parsed: Subject, budgets: Sequence[str]) -> list[Any]:
+    """The threat models that flags and run say."""
+    from robust_peft.runs import is_run, load_run_config, make_threat
+    from robust_peft.threat import ThreatModel
+
+    own = make_threat(load_run_config(parsed.source)) if is_run(parsed.source) else None
+    if not budgets and own is None:
+        raise ValueError(f"Give the budget as --eps, e.g. --eps 8/255: {parsed.source} is no run that names its own.")
+    if not budgets and parsed.norm not in (None, own.norm):  # type: ignore[union-attr]
+        raise ValueError(f"--norm {parsed.norm} needs --eps: the run's own budget, {own}, is one of another norm.")
+    norm = parsed.norm or (own.norm if own is not None else "linf")
+    return [ThreatModel(norm, eps) for eps in budgets] or [own]
+
+
+def _subject(parsed: Subject) -> tuple[Any, Any, Any]:
+    """The model, its images, and the second model or None."""
+    from robust_peft.data import load_images
+    from robust_peft.processes import process_state
+    from robust_peft.runs import is_run, load_data, load_model, load_run_config
+
+    device = process_state().device
+    if parsed.data is not None:
+        data: Any = load_images(parsed.data, image_size=parsed.image_size)
+    elif is_run(parsed.source):
+        data = load_data(load_run_config(parsed.source).data).test
+        if data is None:
+            raise ValueError(f"The run in {parsed.source} has no test images; name some as --data.")
+    else:
+        raise ValueError(f"Name the images as --data: {parsed.source} is no run with images of its own.")
+    model = load_model(parsed.source, checkpoint=parsed.checkpoint).to(device)
+    other = None if parsed.transfer_from is None else load_model(parsed.transfer_from).to(device)
+    return model, data, other
 
 
 def _zoo(arguments: list[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
-        print("usage: robust-peft zoo\n\nLists the backbones that --backbone.name takes.")
+        print(
+            "usage: robust-peft zoo [attacks]\n\nLists the backbones that --backbone.name takes, or the attacks that "
+            "--attacks takes."
+        )
+        return
+    if arguments not in ([], ["attacks"]):
+        raise ValueError(f"zoo takes nothing, or attacks. Found {' '.join(arguments)}.")
+    if arguments:
+        _zoo_attacks()
         return
     from robust_peft.models import ENTRIES
 
@@ -183,6 +261,25 @@ def _zoo(arguments: list[str]) -> None:
         print(
             f"{entry.name}\n  {entry.architecture}\n  weights: {entry.weights}\n  preprocessing: {entry.preprocessing}"
         )
+
+
+def _zoo_attacks() -> None:
+    from robust_peft.attacks.suite import ENTRIES, SUITES
+
+    for entry in ENTRIES:
+        also = f" (also {', '.join(entry.aliases)})" if entry.aliases else ""
+        steps = f", K = {entry.steps}" if entry.steps is not None else ""
+        print(f"{entry.name}{also}\n  {entry.about}")
+        print(f"  norms: {', '.join(entry.norms)}; knowledge: {entry.knowledge}; by {entry.library}")
+        print(f"  passes for an image that withstands: {entry.forwards} forwards, {entry.backwards} backwards{steps}")
+        if entry.source:
+            print(f"  {entry.source}")
+    print("\nK: steps; C: classes; T = min(9, C - 1): targets. A name may carry numbers: pgd-20 (steps), pgd-20x5 (and")
+    print("restarts), pgd-10@2/225 (and the step size), apgd-ce-20, square-1000.")
+    print("Suites (--suite):")
+    for name, norms in SUITES.items():
+        for norm, attacks in norms.items():
+            print(f"  {name}, {norm}: {', '.join(attacks)}")
 
 
 def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:

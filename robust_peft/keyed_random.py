@@ -10,6 +10,7 @@ to key and counter. It is made of integer operations, which give the same bits o
 from __future__ import annotations
 
 import math
+import zlib
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ def derive(keys: Tensor, *numbers: int) -> Tensor:
         wrapped = (number + (1 << 63)) % (1 << 64) - (1 << 63)
         keys = _mix(_mix(keys + _GOLDEN) ^ wrapped)
     return keys
+
+
+def name_key(name: str) -> int:
+    """A number that stands for a name, for `derive`: what is drawn for one attack tells nothing about another's."""
+    return zlib.crc32(name.encode())
 
 
 def sample_keys(seed: int, step: int, indices: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def plot_front(points: Sequence[Point], path: str | Path, *, attack: str, title:
     """
     if not points:
         raise ValueError("There are no points to draw.")
-    figure, axes = _new_figure()
+    figure, (axes,) = _new_figure()
     families = list(dict.fromkeys(point.method for point in points))
     for place, family in enumerate(families):
         marker, colour = STYLES[place % len(STYLES)]
@@ -104,7 +104,7 @@ def plot_curve(
     title: str,
 ) -> Path:
     """Draw named lines ``{name: (x, y)}`` over one another, for example accuracies over epochs."""
-    figure, axes = _new_figure()
+    figure, (axes,) = _new_figure()
     for place, (name, (x, y)) in enumerate(series.items()):
         marker, colour = STYLES[place % len(STYLES)]
         axes.plot(x, y, marker=marker, color=colour, markersize=5, linewidth=1.5, label=name)
@@ -116,21 +116,98 @@ def plot_curve(
     return _save(figure, path)
 
 
+def plot_panels(panels: dict[str, dict[str, Sequence[float]]], path: str | Path, *, x_label: str, title: str) -> Path:
+    """Draw named lines over the steps 0, 1, 2, ... in panels one above another that share them.
+
+    Args:
+        panels: ``{y label: {name: values}}``, the first panel on top; a name has one style in all panels.
+        path: The picture's path; its ending (png, svg, pdf) is the format.
+        x_label: What a step is.
+        title: Above the figure.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+        ImportError: Where matplotlib is missing; names the extra that brings it.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    if not names:
+        raise ValueError("There are no lines to draw.")
+    figure, rows = _new_figure(len(panels))
+    for axes, (y_label, lines) in zip(rows, panels.items(), strict=True):
+        for name, values in lines.items():
+            marker, colour = STYLES[names.index(name) % len(STYLES)]
+            every = max(1, len(values) // 10)
+            axes.plot(
+                range(len(values)), values, marker=marker, markevery=every, color=colour, markersize=5, linewidth=1.5,
+                label=name,
+            )  # fmt: skip
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.25)
+    rows[0].set_title(title, fontsize=11)
+    rows[-1].set_xlabel(x_label)
+    rows[0].legend(loc="best", frameon=False)
+    return _save(figure, path)
+
+
+def plot_accuracies(
+    series: dict[str, Sequence[tuple[float, Accuracy]]],
+    path: str | Path,
+    *,
+    x_label: str,
+    title: str,
+    mark: float | None = None,
+) -> Path:
+    """Draw named lines of accuracies, each with its 95 % interval.
+
+    Args:
+        series: ``{name: [(x, accuracy), ...]}``.
+        path: The picture's path; its ending (png, svg, pdf) is the format.
+        x_label: What x is.
+        title: Above the figure.
+        mark: A value of x to point out with a line.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+        ImportError: Where matplotlib is missing; names the extra that brings it.
+    """
+    if not any(series.values()):
+        raise ValueError("There are no points to draw.")
+    figure, (axes,) = _new_figure()
+    for place, (name, points) in enumerate(series.items()):
+        marker, colour = STYLES[place % len(STYLES)]
+        whiskers = list(zip(*[_whiskers(accuracy) for _, accuracy in points], strict=True))
+        axes.errorbar(
+            [x for x, _ in points], [100 * accuracy.accuracy for _, accuracy in points], yerr=whiskers, marker=marker,
+            color=colour, markersize=5, linewidth=1.5, elinewidth=1, capsize=2, label=name,
+        )  # fmt: skip
+    if mark is not None:
+        axes.axvline(mark, color="0.5", linestyle="--", linewidth=1, label=f"{mark:.3g}")
+    totals = sorted({accuracy.total for points in series.values() for _, accuracy in points})
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(f"accuracy (%), n={', '.join(map(str, totals))}")
+    axes.set_ylim(-4, 104)
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", frameon=False)
+    return _save(figure, path)
+
+
 def _whiskers(accuracy: Accuracy) -> tuple[float, float]:
     low, high = accuracy.interval
     return 100 * (accuracy.accuracy - low), 100 * (high - accuracy.accuracy)
 
 
-def _new_figure() -> tuple[Any, Any]:
+def _new_figure(rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure, and its axes from top to bottom, which share x."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Figures need matplotlib: pip install "robust_peft[plots]".') from error
     # Without pyplot, which would keep every figure alive and choose a backend for the whole process.
-    figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.8 if rows == 1 else 2.4 * rows), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
 
 
 def _save(figure: Any, path: str | Path) -> Path:

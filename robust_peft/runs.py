@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -41,6 +42,7 @@ from robust_peft.evaluation import Report, evaluate
 from robust_peft.files import read_json, sha256, write_json, write_text
 from robust_peft.models import Normalized, load_backbone, new_head
 from robust_peft.models.checkpoints import fingerprint, load_weights
+from robust_peft.models.factory import split_name
 from robust_peft.processes import on_main_or_raise, process_state
 from robust_peft.threat import ThreatModel
 from robust_peft.training import FitResult, Trainer
@@ -50,6 +52,7 @@ ADAPTER_FOLDER = "adapter"
 FULL_WEIGHTS = "model.safetensors"
 # What a run writes, and so all that --overwrite removes.
 WRITTEN = ("config.json", "metrics.jsonl", ADAPTER_FOLDER, FULL_WEIGHTS, "state", "evaluation.json", "README.md")
+_MODELS = "a run folder, micro_swin, timm/NAME, hf/NAME or path/to/module.py:factory"
 PACKAGES = ("robust_peft", "torch", "torchvision", "timm", "peft", "transformers", "accelerate", "safetensors", "numpy")
 
 
@@ -203,6 +206,62 @@ def load_run(folder: str | Path) -> nn.Module:
     if not _adapter_file(folder).is_file():
         raise FileNotFoundError(f"The run in {folder} is not finished: {_adapter_file(folder)} is missing.")
     return peft.PeftModel.from_pretrained(backbone, str(folder / ADAPTER_FOLDER)).eval()
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether this is a run folder: one whose ``config.json`` is a run's (transformers calls its own file so too)."""
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        return False
+    description = read_json(path)
+    return isinstance(description, dict) and "config" in description and "classes" in description
+
+
+def load_model(
+    source: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """The model that a source stands for, in eval mode: pixels of shape `[B, C, H, W]` in [0, 1] to logits `[B, K]`.
+
+    Args:
+        source: A run folder (`load_run`), or what `robust_peft.load_backbone` takes by name: "micro_swin", "timm/NAME",
+            "hf/NAME", "path/to/module.py:factory".
+        checkpoint: As in `robust_peft.load_backbone`, like the others; a run folder takes none of them, it says it all.
+
+    Raises:
+        ValueError: For a source that is none of these, or arguments that do not go with it.
+        FileNotFoundError: If a file is missing, or the run is not finished.
+        OSError: If weights cannot be downloaded.
+    """
+    options = {
+        "checkpoint": checkpoint,
+        "num_classes": num_classes,
+        "image_size": image_size,
+        "mean": mean,
+        "std": std,
+    }
+    if is_run(source):
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise ValueError(f"{source} is a run folder, which knows its own {', '.join(given)}; leave that out.")
+        return load_run(source)
+    name = str(source)
+    if not (name == "micro_swin" or name.startswith(("timm/", "hf/")) or split_name(name)):
+        if Path(source).is_dir():
+            saved = (Path(source) / "config.json").is_file()
+            hint = f' (one that transformers saved is "hf/{name}")' if saved else ""
+            raise ValueError(f"The folder {name!r} holds no run{hint}. A model is {_MODELS}.")
+        if Path(source).is_file():
+            raise ValueError(
+                f"{name} is a file; weights go with an architecture, as its checkpoint. A model is {_MODELS}."
+            )
+        raise ValueError(f"A model is {_MODELS}. Found {name!r}, and there is no such folder.")
+    return load_backbone(name, **options).eval()
 
 
 def load_run_config(folder: str | Path) -> RunConfig:

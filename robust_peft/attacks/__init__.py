@@ -1,7 +1,32 @@
 """Attacks: what an adversary does to the pixels."""
 
+from robust_peft.attacks.apgd import APGD
+from robust_peft.attacks.autoattack import AutoAttack
+from robust_peft.attacks.libraries import DDN, FAB, MIFGSM, CarliniWagner
 from robust_peft.attacks.pgd import FGSM, PGD
-from robust_peft.attacks.suite import check_attack_name, make_attack
-from robust_peft.attacks.victim import as_victim
+from robust_peft.attacks.square import Square
+from robust_peft.attacks.suite import ENTRIES, SUITES, check_attack_name, components, make_attack
+from robust_peft.attacks.targeted import TargetedPGD
+from robust_peft.attacks.transfer import Transfer
+from robust_peft.attacks.victim import Counted, as_victim
 
-__all__ = ["FGSM", "PGD", "as_victim", "check_attack_name", "make_attack"]
+__all__ = [
+    "APGD",
+    "DDN",
+    "ENTRIES",
+    "FAB",
+    "FGSM",
+    "MIFGSM",
+    "PGD",
+    "SUITES",
+    "AutoAttack",
+    "CarliniWagner",
+    "Counted",
+    "Square",
+    "TargetedPGD",
+    "Transfer",
+    "as_victim",
+    "check_attack_name",
+    "components",
+    "make_attack",
+]

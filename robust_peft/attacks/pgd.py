@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_peft import keyed_random
-from robust_peft.attacks.victim import as_victim, full_precision_logits
+from robust_peft.attacks.victim import Confirm, as_victim, full_precision_logits
 from robust_peft.objectives import get_objective
 from robust_peft.pixel_units import as_number, step_size_problem
 from robust_peft.threat import ThreatModel
@@ -117,10 +117,12 @@ class PGD:
         targets: Tensor | None = None,
         keys: Tensor | None = None,
         objective: str | None = None,
+        confirm: Confirm | None = None,
     ) -> Tensor:
         """As calling the attack, without the check of the pixel range (which waits for the device).
 
-        ``objective`` stands in where the attack itself names none; a `Trainer` hands its loss's here.
+        ``objective`` stands in where the attack itself names none; a `Trainer` hands its loss's here. ``confirm``
+        (`attacks.victim`) has a say where there are several restarts to choose from.
         """
         name = self.objective or objective or "ce"
         self._check_start(name)
@@ -149,6 +151,8 @@ class PGD:
                     logits = full_precision_logits(model, adv_images)
                     predictions = logits.argmax(dim=1)
                     fools = predictions == targets if targets is not None else predictions != labels
+                    if confirm is not None:
+                        fools &= confirm(adv_images, torch.arange(len(images), device=images.device))
                     scores = score(logits)
                 if best is None:
                     best, best_fools, best_score = adv_images, fools, scores

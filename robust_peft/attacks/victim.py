@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+Confirm = Callable[[Tensor, Tensor], Tensor]
+"""``confirm(adv_images, positions)``: which of these images the model really gets wrong, a bool tensor of shape `[b]`.
+
+``positions`` of shape `[b]` say which samples of the batch they belong to. An attack that iterates on a copy in reduced
+precision asks it before it lets a sample go; without one, the attacked model's own answer decides.
+"""
 
 
 @contextmanager
@@ -35,3 +42,31 @@ def full_precision_logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits in at least float32: an objective in half precision would round small margins to zero."""
     logits = model(images)
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+class Counted(nn.Module):
+    """A model that counts the images that go through it forwards and backwards.
+
+    Attributes:
+        forwards: Images that were classified so far.
+        backwards: Images whose logits received a gradient so far; a second backward pass through one graph counts.
+    """
+
+    def __init__(self, model: nn.Module, on_forward: Callable[[int], None] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.on_forward = on_forward
+        self.forwards = 0
+        self.backwards = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        self.forwards += len(images)
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)
+        if self.on_forward is not None:
+            self.on_forward(len(images))
+        return logits
+
+    def _count_backward(self, grad: Tensor) -> None:
+        self.backwards += len(grad)

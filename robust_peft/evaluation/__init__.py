@@ -1,5 +1,6 @@
-"""Evaluation: how accurate and how robust a model is."""
+"""How accurate and how robust a model is, and whether the figure can be believed."""
 
-from robust_peft.evaluation.evaluator import AttackResult, Report, evaluate
+from robust_peft.evaluation.evaluator import evaluate
+from robust_peft.evaluation.report import AttackResult, Report
 
 __all__ = ["AttackResult", "Report", "evaluate"]

@@ -8,10 +8,10 @@ neither batch size nor number of processes changes a draw.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import hashlib
+import time
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,103 +21,20 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from robust_peft import keyed_random
-from robust_peft.attacks import as_victim, check_attack_name, make_attack
-from robust_peft.files import read_json, write_json
+from robust_peft.attacks import as_victim
+from robust_peft.attacks.suite import SUITES, check_attack_name, components, forwards_of, make_attack
+from robust_peft.attacks.victim import Counted
+from robust_peft.evaluation.precision import PRECISIONS, OwnPrecision, ReducedPrecision, couples_batch, plain_float32
+from robust_peft.evaluation.report import BROKEN, BROKEN_BEFORE, UNKNOWN, WITHSTOOD, AttackResult, Report
+from robust_peft.evaluation.saved_images import recheck_images
+from robust_peft.evaluation.saved_images import save_images as write_images
+from robust_peft.evaluation.store import VerdictStore
+from robust_peft.models.checkpoints import fingerprint
 from robust_peft.processes import gather, process_state
-from robust_peft.results import Accuracy
 from robust_peft.threat import ThreatModel
 
-
-@dataclass(frozen=True)
-class AttackResult:
-    """Verdicts of one attack under one threat model; the clean accuracy has neither."""
-
-    attack: str
-    threat: ThreatModel | None
-    correct: tuple[bool, ...]
-    """For each sample, in the data's order, whether the model was right throughout."""
-
-    @property
-    def accuracy(self) -> Accuracy:
-        """The count behind it, its share and its 95 % Wilson interval."""
-        return Accuracy(sum(self.correct), len(self.correct))
-
-
-@dataclass
-class Report:
-    """What `evaluate` found.
-
-    ``report[threat, "pgd-20"]`` is the `Accuracy` under that attack, ``report.clean`` the one without an attack,
-    ``report.worst_case(threat)`` counts the samples that withstood every attack under the threat model.
-    """
-
-    data: str
-    seed: int
-    results: list[AttackResult] = field(default_factory=list)
-
-    def find(self, attack: str, threat: ThreatModel | None) -> AttackResult:
-        """The verdicts of one attack. KeyError that lists what was measured where there are none."""
-        for result in self.results:
-            if result.attack == attack.lower() and result.threat == threat:
-                return result
-        there = ", ".join(f"{r.attack} ({r.threat})" if r.threat else r.attack for r in self.results)
-        raise KeyError(f"{attack} under {threat} was not measured. Measured: {there}.")
-
-    def __getitem__(self, key: tuple[ThreatModel, str]) -> Accuracy:
-        threat, attack = key
-        return self.find(attack, None if attack == "clean" else threat).accuracy
-
-    @property
-    def clean(self) -> Accuracy:
-        """Accuracy without an attack."""
-        return self.find("clean", None).accuracy
-
-    def worst_case(self, threat: ThreatModel) -> Accuracy:
-        """Samples that withstood every attack measured under ``threat``, and no attack at all."""
-        found = [r.correct for r in self.results if r.threat == threat]
-        if not found:
-            raise KeyError(f"No attack was measured under {threat}.")
-        withstood = [all(verdicts) for verdicts in zip(*found, strict=True)]
-        return Accuracy(sum(withstood), len(withstood))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: counts and intervals for people, verdicts as a string of 0 and 1 for programs."""
-        rows = []
-        for result in self.results:
-            accuracy = result.accuracy
-            row: dict[str, Any] = {"attack": result.attack}
-            if result.threat is not None:
-                row |= {"norm": result.threat.norm, "eps": result.threat.eps, "box": result.threat.box}
-            row |= {"accuracy": accuracy.accuracy, "correct": accuracy.correct, "total": accuracy.total}
-            row |= {"interval": list(accuracy.interval)}
-            row |= {"verdicts": "".join("1" if correct else "0" for correct in result.correct)}
-            rows.append(row)
-        return {"data": self.data, "seed": self.seed, "confidence": 0.95, "results": rows}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Report:
-        """The report that `to_dict` wrote down."""
-        report = cls(values["data"], values["seed"])
-        for row in values["results"]:
-            box = row.get("box")
-            threat = ThreatModel(row["norm"], row["eps"], box if box is None else tuple(box)) if "norm" in row else None
-            report.results.append(AttackResult(row["attack"], threat, tuple(v == "1" for v in row["verdicts"])))
-        return report
-
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON, whole or not at all."""
-        write_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Report:
-        """Read what `save` wrote."""
-        return cls.from_dict(read_json(path))
-
-    def __str__(self) -> str:
-        lines = [f"{self.data}:"]
-        for result in self.results:
-            lines.append(f"  {result.attack:<10} {str(result.threat or ''):<14} {result.accuracy}")
-        return "\n".join(lines)
+# A changed version of any of these may change a verdict, so figures of two are not one measurement.
+VERSIONED = ("robust_peft", "torch", "torchattacks", "foolbox")
 
 
 @torch.no_grad()
@@ -127,9 +44,16 @@ def evaluate(
     threats: Sequence[ThreatModel],
     attacks: Sequence[str] = ("clean", "pgd-20"),
     *,
+    suite: str | None = None,
     batch_size: int = 128,
     limit: int | None = None,
     seed: int = 0,
+    each: bool = False,
+    precision: str = "fp32",
+    transfer_from: nn.Module | None = None,
+    output: str | Path | None = None,
+    save_images: bool = False,
+    time_limit: float | None = None,
     name: str | None = None,
     progress: bool = False,
 ) -> Report:
@@ -140,10 +64,20 @@ def evaluate(
         data: Samples ``(image, label)``, images uint8 or floats in [0, 1]; a DataLoader's dataset is taken, its batch
             size and order are not.
         threats: Threat models.
-        attacks: Names: "clean", "fgsm", "pgd-K" for K steps. "clean" is always measured.
+        attacks: Names from `robust_peft.attacks.ENTRIES`, e.g. "pgd-20", "apgd-ce", "autoattack". "clean" is always
+            measured. Under each threat model they run in this order.
+        suite: Name of a list of attacks (`robust_peft.attacks.SUITES`) instead of ``attacks``.
         batch_size: Images in a batch.
         limit: Only the first so many samples.
-        seed: Seed of the attacks' random starts.
+        seed: Seed of the attacks' random draws.
+        each: Try every attack on every sample that is right without one, so that each attack's figure is its own.
+            Otherwise a sample that one attack has broken is spared the next ones: the worst case is the same for less.
+        precision: "fp32", or "bf16" for the attacks' iterations. A success counts only where float32 confirms it.
+        transfer_from: The second model, for the attack "transfer".
+        output: Folder that keeps every batch's verdicts, so that the same call goes on where it was interrupted; more
+            attacks, threat models or samples may be added. None: nothing is kept.
+        save_images: Also keep the adversarial images there, and re-check them from the files at the end.
+        time_limit: Seconds after which to stop cleanly between two batches; the report is then not ``finished``.
         name: What the report calls the data; None: the dataset's ``name``.
         progress: Whether to show a progress bar.
 
@@ -151,101 +85,294 @@ def evaluate(
         The report, the same on every process; each process does its share of the batches.
 
     Raises:
-        ValueError: For an empty dataset, an unknown attack, labels outside the classes, or images out of range.
+        ValueError: For an empty dataset, an unknown attack or one that the norm does not have, labels outside the
+            classes, images out of range, or an ``output`` that was begun with other data, weights or settings.
+        FileExistsError: If ``output`` holds something else.
     """
     dataset = data.dataset if isinstance(data, DataLoader) else data
     total = len(dataset) if limit is None else min(limit, len(dataset))  # type: ignore[arg-type]
-    title = name or getattr(dataset, "name", type(dataset).__name__)
+    title = str(name or getattr(dataset, "name", type(dataset).__name__))
     if total == 0:
         raise ValueError(f"The dataset {title!r} is empty.")
-    names = [check_attack_name(attack) for attack in attacks]
-    names = ["clean", *dict.fromkeys(n for n in names if n != "clean")]
-    jobs: list[tuple[str, ThreatModel | None]] = [("clean", None)]
-    jobs += [(n, threat) for threat in threats for n in names if n != "clean"]
-    state = process_state()
-
-    # Verdicts of this process's batches: sample index -> one bool for each job.
-    own: dict[int, list[bool]] = {}
-    starts = range(0, total, batch_size)[state.process_index :: state.num_processes]
-    with (
-        as_victim(model),
-        _plain_float32(),
-        tqdm(total=sum(min(batch_size, total - s) for s in starts), unit="img", disable=not progress) as bar,
-    ):
-        for start in starts:
-            indices = range(start, min(start + batch_size, total))
-            images, labels, keys = _fetch(dataset, indices, model, seed)
-            standing = _is_right(model, images, labels)
-            verdicts = [standing]
-            for attack_name, threat in jobs[1:]:
-                assert threat is not None
-                verdicts.append(standing.clone())
-                chosen = standing.nonzero().squeeze(1)
-                if len(chosen) == 0:
-                    continue
-                attack = make_attack(attack_name, threat)
-                # By name, so that an attack's figure does not depend on which others were asked for.
-                own_keys = keyed_random.derive(keys[chosen], zlib.crc32(f"{attack_name} {threat}".encode()))
-                adv_images = attack.perturb(model, images[chosen], labels[chosen], keys=own_keys)
-                if not threat.contains(adv_images, images[chosen]).all():
-                    raise RuntimeError(f"Internal error: {attack_name} left the ball or the box of {threat}.")
-                verdicts[-1][chosen] = _is_right(model, adv_images, labels[chosen])
-            for index, column in zip(indices, torch.stack(verdicts).T.tolist(), strict=True):
-                own[index] = column
-            bar.update(len(indices))
-    gathered = gather(sorted(own.items()))
-    verdicts_of = dict(gathered)
-    if len(verdicts_of) != len(gathered) or sorted(verdicts_of) != list(range(total)):
-        raise RuntimeError("Internal error: the processes' verdicts do not cover each sample once.")
-    report = Report(str(title), seed)
-    for job, (attack_name, threat) in enumerate(jobs):
-        correct = tuple(verdicts_of[index][job] for index in range(total))
-        report.results.append(AttackResult(attack_name, threat, correct))
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision should be one of {', '.join(PRECISIONS)}. Found precision = {precision!r}.")
+    if save_images and output is None:
+        raise ValueError("save_images needs output, the folder to keep them in.")
+    jobs = _jobs(threats, attacks, suite)
+    if transfer_from is None and any(attack.startswith("transfer") for _, attack in jobs):
+        raise ValueError("The attack transfer needs a second model: give it as transfer_from.")
+    measuring = _Measuring(
+        model, dataset, total, batch_size=batch_size, seed=seed, precision=precision, transfer_from=transfer_from,
+        progress=progress, deadline=None if time_limit is None else time.monotonic() + time_limit,
+    )  # fmt: skip
+    store = VerdictStore(None if output is None else Path(output), measuring.settings(title, save_images))
+    try:
+        with as_victim(model), plain_float32():
+            measuring.check_content(store, total)
+            measuring.run("clean", None, range(total), store, None)
+            wrong = {i for i, right in store["clean"].correct.items() if not right}
+            for threat in threats:
+                broken = set(wrong)
+                for attack in (a for t, a in jobs if t == threat):
+                    own_broken = set(wrong if each else broken)
+                    for part in components(attack):
+                        todo = [i for i in range(total) if i not in own_broken]
+                        measuring.run(part, threat, todo, store, Path(output) if output and save_images else None)
+                        correct = store[job_key(part, threat)].correct
+                        own_broken |= {i for i in todo if not correct.get(i, True)}
+                    broken |= own_broken
+            report = Report(title, seed, _results(jobs, store, total, each), precision)
+            report.fixed_batches = batch_size if measuring.coupled else None
+            if save_images and report.finished and process_state().is_main_process:
+                found = recheck_images(output or "", measuring.is_right, measuring.images_and_labels)
+                if found.failed:
+                    raise RuntimeError(f"Internal error: {found}; these do not: {found.failed[:5]}.")
+                if progress:
+                    print(f"{found}.")
+    finally:
+        store.close()
     return report
 
 
-def _fetch(dataset: Any, indices: range, model: nn.Module, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch on the model's device and in its dtype, with the samples' random keys."""
-    parameter = next(model.parameters())
-    samples = [dataset[index] for index in indices]
-    images = torch.stack([torch.as_tensor(sample[0]) for sample in samples]).to(parameter.device)
-    labels = torch.tensor([int(sample[1]) for sample in samples], device=parameter.device)
-    dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
-    if not (images.dtype == torch.uint8 or images.is_floating_point()):
-        raise ValueError(f"images should be uint8 or floating point in [0, 1]. Found {images.dtype}.")
-    images = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
-    ThreatModel("linf", 0).check_images(images)
-    if labels.min() < 0:
-        raise ValueError(f"labels should not be negative. Found {int(labels.min())}.")
-    keys = keyed_random.sample_keys(seed, 0, torch.tensor(list(indices), device=parameter.device))
-    return images, labels, keys
+def job_key(attack: str, threat: ThreatModel | None) -> str:
+    """What a store calls an attack under a threat model."""
+    return attack if threat is None else f"{attack} {threat.norm} {threat.eps!r} {threat.box}"
 
 
-def _is_right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    logits = model(images)
-    if int(labels.max()) >= logits.shape[1]:
-        raise ValueError(f"labels should be in 0..{logits.shape[1] - 1}. Found {int(labels.max())}.")
-    # A model that answers NaN is not right, and argmax over NaN would say otherwise for class 0.
-    return (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
+def _jobs(threats: Sequence[ThreatModel], attacks: Sequence[str], suite: str | None) -> list[tuple[ThreatModel, str]]:
+    if suite is not None and suite not in SUITES:
+        raise ValueError(f"suite should be one of {', '.join(SUITES)}. Found suite = {suite!r}.")
+    jobs = []
+    for name in attacks:
+        check_attack_name(name)  # also where there is no threat model
+    for threat in dict.fromkeys(threats):
+        chosen = attacks if suite is None else SUITES[suite][threat.norm]
+        names = dict.fromkeys(check_attack_name(name, threat.norm) for name in chosen)
+        jobs += [(threat, name) for name in names if name != "clean"]
+    return jobs
 
 
-@contextmanager
-def _plain_float32() -> Iterator[None]:
-    """No TF32, no bfloat16 in float32's name and no autocast of the caller's: a verdict must not hang on precision.
+def _results(jobs: list[tuple[ThreatModel, str]], store: VerdictStore, total: int, each: bool) -> list[AttackResult]:
+    """The attacks' verdicts from those of their components, in the order in which they ran."""
+    clean = store["clean"]
+    verdicts = "".join(UNKNOWN if i not in clean.correct else "01"[clean.correct[i]] for i in range(total))
+    results = [AttackResult("clean", None, verdicts, (), clean.forwards, clean.backwards, clean.seconds)]
+    wrong = {i for i in range(total) if verdicts[i] == BROKEN}
+    broken: dict[ThreatModel, set[int]] = {}
+    for threat, attack in jobs:
+        spared = set() if each else broken.setdefault(threat, set())
+        own_broken: set[int] = set()
+        rows = []
+        for part in components(attack):
+            found = store[job_key(part, threat)]
+            row = []
+            for i in range(total):
+                if i in wrong:
+                    row.append(BROKEN)
+                elif i in found.correct and i not in own_broken:
+                    row.append(WITHSTOOD if found.correct[i] else BROKEN)
+                else:
+                    row.append(BROKEN_BEFORE if i in own_broken or i in spared else UNKNOWN)
+            own_broken |= {i for i in range(total) if row[i] == BROKEN}
+            costs = (found.forwards, found.backwards, found.seconds)
+            rows.append(AttackResult(part, threat, "".join(row), (), *costs))
+        if len(rows) == 1:
+            result = rows[0]
+        else:
+            whole = ""
+            for i, of_sample in enumerate(zip(*(row.verdicts for row in rows), strict=True)):
+                first = [v for v in (BROKEN, UNKNOWN, BROKEN_BEFORE) if v in of_sample]
+                whole += BROKEN if i in own_broken else (first or [WITHSTOOD])[0]
+            costs = [sum(getattr(row, cost) for row in rows) for cost in ("forwards", "backwards", "seconds")]
+            result = AttackResult(attack, threat, whole, tuple(rows), *costs)
+        results.append(result)
+        broken.setdefault(threat, set()).update(i for i in range(total) if result.verdicts[i] == BROKEN)
+    return results
 
-    By torch's switch for each backend; the older ones (allow_tf32) cannot be mixed with it.
-    """
-    backends: Any = torch.backends
-    places = ((backends.cuda, "matmul"), (backends.cudnn, "conv"), (backends.cudnn, "rnn"))
-    places += ((backends.mkldnn, "matmul"), (backends.mkldnn, "conv"))
-    switches: list[Any] = [getattr(backend, name, None) for backend, name in places]
-    switches = [switch for switch in switches if hasattr(switch, "fp32_precision")]
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+
+class _Measuring:
+    """A model and its data, and how one attack is tried on one batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        total: int,
+        *,
+        batch_size: int,
+        seed: int,
+        precision: str,
+        transfer_from: nn.Module | None,
+        progress: bool,
+        deadline: float | None,
+    ) -> None:
+        parameter = next(iter(model.parameters()), None)
+        own = torch.float32 if parameter is None else parameter.dtype
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+        self.own_model = model
+        self.model = OwnPrecision(model, own) if own in (torch.float16, torch.bfloat16) else model
+        self.dtype = torch.float64 if own == torch.float64 else torch.float32
+        if precision == "bf16" and own != torch.float32:
+            raise ValueError(f'precision="bf16" is for float32 models. Found weights in {own}.')
+        self.searched = ReducedPrecision(model).requires_grad_(False).eval() if precision == "bf16" else self.model
+        self.coupled = couples_batch(model)
+        self.dataset, self.total, self.batch_size, self.seed = dataset, total, batch_size, seed
+        self.precision, self.transfer_from = precision, transfer_from
+        self.progress, self.deadline = progress, deadline
+        self.stopped = False
+        self.num_classes = 0
+
+    def settings(self, title: str, save_images: bool) -> dict[str, Any]:
+        """What every call that goes on with a folder must agree on."""
+        versions = {}
+        for package in VERSIONED:
+            try:
+                versions[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+        source = None if self.transfer_from is None else fingerprint(self.transfer_from, leave_out="")
+        return {
+            "data": title,
+            "model_sha256": fingerprint(self.own_model, leave_out=""),
+            "transfer_from_sha256": source,
+            "seed": self.seed,
+            "precision": self.precision,
+            "fixed_batches": self.batch_size if self.coupled else None,
+            "save_images": save_images,
+            "versions": versions,
+        }
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
+        """A batch on the model's device and in the dtype of its images, and a hash of each sample's content."""
+        samples = [self.dataset[index] for index in indices]
+        images = torch.stack([torch.as_tensor(sample[0]) for sample in samples])
+        labels = torch.tensor([int(sample[1]) for sample in samples])
+        if not (images.dtype == torch.uint8 or images.is_floating_point()):
+            raise ValueError(f"images should be uint8 or floating point in [0, 1]. Found {images.dtype}.")
+        hashes = [content_hash(image, int(label)) for image, label in zip(images, labels, strict=True)]
+        images = images.to(self.device)
+        images = images.to(self.dtype) / 255 if images.dtype == torch.uint8 else images.to(self.dtype)
+        # A pixel beyond the box by rounding alone is accepted and brought back: the clean image belongs to its ball.
+        ThreatModel("linf", 0).check_images(images)
+        images = images.clamp(0, 1)
+        if labels.min() < 0:
+            raise ValueError(f"labels should not be negative. Found {int(labels.min())}.")
+        return images, labels.to(self.device), hashes
+
+    def images_and_labels(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A batch without its hashes."""
+        images, labels, _ = self.fetch(indices)
+        return images, labels
+
+    def is_right(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Whether the model is right, a bool tensor of shape `[B]`."""
+        logits = self.model(images)
+        self.num_classes = logits.shape[1]
+        if int(labels.max()) >= logits.shape[1]:
+            raise ValueError(f"labels should be in 0..{logits.shape[1] - 1}. Found {int(labels.max())}.")
+        # A model that answers NaN is not right, and argmax over NaN would say otherwise for class 0.
+        return (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
+
+    def check_content(self, store: VerdictStore, total: int) -> None:
+        """Refuse data that is not what the store's verdicts were measured on."""
+        # The first error, if any, and the number of classes.
+        self.is_right(*self.images_and_labels(range(min(self.batch_size, total) if self.coupled else 1)))
+        known = sorted(index for index in store.hashes if index < total)
+        for start in range(0, len(known), self.batch_size):
+            indices = known[start : start + self.batch_size]
+            for index, found in zip(indices, self.fetch(indices)[2], strict=True):
+                if found != store.hashes[index]:
+                    raise ValueError(
+                        f"Sample {index} is not the one that was evaluated before (its content differs): the data was "
+                        "changed or shuffled. Name another folder."
+                    )
+
+    def run(
+        self, part: str, threat: ThreatModel | None, todo: Sequence[int], store: VerdictStore, images_to: Path | None
+    ) -> None:
+        """Try an attack on samples, batch by batch, each process its share; what is known already is left alone."""
+        state, wanted = process_state(), set(todo)
+        known = store[job_key(part, threat)].correct
+        if self.coupled:
+            # Nobody may leave its batch, and a batch in which nobody is of interest is left out whole.
+            starts = range(0, self.total, self.batch_size)
+            chunks = [range(s, min(s + self.batch_size, self.total)) for s in starts]
+            chunks = [chunk for chunk in chunks if any(i in wanted and i not in known for i in chunk)]
+        else:
+            batches = [todo[s : s + self.batch_size] for s in range(0, len(todo), self.batch_size)]
+            # A batch is cut before what is known leaves it, so that going on after an interruption finds the same.
+            chunks = [[i for i in batch if i not in known] for batch in batches]
+        own = [chunk for chunk in chunks[state.process_index :: state.num_processes] if len(chunk)]
+        per_image = 1 if threat is None else forwards_of(part, threat.norm, self.num_classes)
+        title = part if threat is None else f"{part} {threat}"
+        with tqdm(
+            total=sum(map(len, own)) * per_image, desc=title, unit="pass", unit_scale=True, leave=False,
+            disable=not (self.progress and own and state.is_main_process),
+        ) as bar:  # fmt: skip
+            done = 0
+            for chunk in own:
+                if self.stopped or (self.deadline is not None and time.monotonic() > self.deadline):
+                    self.stopped = True
+                    break
+                self._one_batch(part, threat, chunk, wanted, store, images_to, bar)
+                done += len(chunk) * per_image
+                bar.update(done - bar.n)
+        store.share()
+        self.stopped = any(gather([self.stopped]))
+
+    def _one_batch(
+        self,
+        part: str,
+        threat: ThreatModel | None,
+        chunk: Sequence[int],
+        wanted: set[int],
+        store: VerdictStore,
+        images_to: Path | None,
+        bar: Any,
+    ) -> None:
+        began, key = time.monotonic(), job_key(part, threat)
+        images, labels, hashes = self.fetch(chunk)
+        indices = torch.tensor(list(chunk), device=self.device)
+        if threat is None:
+            right = self.is_right(images, labels).tolist()
+            seconds = time.monotonic() - began
+            store.add(key, list(chunk), right, hashes=hashes, forwards=len(chunk), seconds=seconds)
+            return
+        attack = make_attack(part, threat, early_stop=not self.coupled, transfer_from=self.transfer_from)
+        # By name, so that an attack's figure does not depend on which others were asked for.
+        keys = keyed_random.derive(
+            keyed_random.sample_keys(self.seed, 0, indices), keyed_random.name_key(f"{part} {threat}")
+        )
+        counted = Counted(self.searched, lambda count: bar.update(min(count, bar.total - bar.n)))
+        options: dict[str, Any] = {}
+        if self.searched is not self.model:
+
+            def confirm(adv_images: Tensor, positions: Tensor) -> Tensor:
+                adv_images = adv_images.to(images.dtype)
+                inside = threat.contains(adv_images, images[positions])
+                return inside & ~self.is_right(adv_images, labels[positions])
+
+            options["confirm"] = confirm
+        adv_images = attack.perturb(counted, images, labels, keys=keys, **options)
+        if not threat.contains(adv_images, images).all():
+            raise RuntimeError(f"Internal error: {part} left the ball or the box of {threat}.")
+        right = self.is_right(adv_images, labels)
+        interest = torch.tensor([i in wanted for i in chunk], device=self.device)
+        if images_to is not None:
+            fooled = interest & ~right
+            write_images(images_to, part, threat, indices[fooled], adv_images[fooled])
+        store.add(
+            key,
+            indices[interest].tolist(),
+            right[interest].tolist(),
+            forwards=counted.forwards,
+            backwards=counted.backwards,
+            seconds=time.monotonic() - began,
+        )
+
+
+def content_hash(image: Tensor, label: int) -> str:
+    """Sixteen hexadecimal digits of SHA-256 over an image's shape, dtype, bytes and label."""
+    digest = hashlib.sha256(f"{list(image.shape)} {image.dtype} {label} ".encode())
+    digest.update(image.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

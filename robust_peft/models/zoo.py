@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from robust_peft.models.checkpoints import load_weights, rows_of
+from robust_peft.models.factory import SHAPE, build_module, split_name
 from robust_peft.models.micro_swin import MEAN, STD, micro_swin
 from robust_peft.models.normalize import Normalized
 
@@ -38,6 +39,12 @@ ENTRIES = (
     ),
     ZooEntry("timm/NAME", "any timm classifier", "timm's own, from the Hub", "timm's mean and std inside the model"),
     ZooEntry("hf/NAME", "any transformers image classifier", "from the Hub", "its image processor's mean and std"),
+    ZooEntry(
+        SHAPE,
+        "what a function in a Python file of your own returns; the file is executed",
+        "the function's own, or --checkpoint",
+        "the model takes pixels in [0, 1]; a bare timm model gets timm's mean and std",
+    ),
 )
 
 
@@ -53,18 +60,22 @@ def load_backbone(
     """A backbone behind its normalisation: pixels of shape `[B, C, H, W]` in [0, 1] to logits of shape `[B, K]`.
 
     Args:
-        name: "micro_swin" (embedded), "timm/NAME", "hf/NAME", or an nn.Module of one's own that wants normalised
-            images.
+        name: "micro_swin" (embedded), "timm/NAME", "hf/NAME", "path/to/module.py:factory", or an nn.Module of one's
+            own that wants normalised images. A factory is a function without required arguments, or with arguments
+            named num_classes, checkpoint or image_size; its file is executed. What it returns maps pixels in [0, 1]
+            to logits (a bare timm model: normalised images, by its own mean and std).
         num_classes: Number of logits. Where it differs from the weights', the head is a new, random one. None: as the
             weights have it.
-        checkpoint: Local safetensors file with weights for the architecture, or "random" for none.
+        checkpoint: Local safetensors file with weights for the architecture, or "random" for none. A factory with an
+            argument of that name is handed it as it is.
         mean: Mean of each channel in [0, 1] units; None: the backbone's own (a module without one: 0).
         std: Standard deviation of each channel; None: the backbone's own (a module without one: 1).
         image_size: Pixels on each side, where the architecture is built for one; None: its own.
 
     Raises:
-        ValueError: For an unknown name, or a checkpoint of another architecture.
-        FileNotFoundError: If the checkpoint does not exist.
+        ValueError: For an unknown name, a checkpoint of another architecture, or a factory that fails or has no
+            argument for what is asked of it.
+        FileNotFoundError: If the checkpoint or the factory's file does not exist.
         OSError: If weights cannot be downloaded.
     """
     if num_classes is not None and num_classes < 1:
@@ -78,6 +89,11 @@ def load_backbone(
             raise ValueError('checkpoint="random" is for backbones by name; a module comes with the weights it has.')
         if checkpoint is not None:
             load_weights(backbone, checkpoint)
+    elif (found := split_name(name)) is not None:
+        backbone = _from_factory(*found, num_classes, checkpoint, image_size)
+        # One entry stands for any number of channels, so that grey images stay grey.
+        channels = next((len(given) for given in (mean, std) if given is not None), 1)
+        own_mean, own_std = _timm_statistics(backbone) or ((0.0,) * channels, (1.0,) * channels)
     elif name == "micro_swin":
         backbone, own_mean, own_std = _embedded(num_classes, checkpoint, image_size)
     elif name.startswith("timm/"):
@@ -87,6 +103,31 @@ def load_backbone(
     else:
         raise ValueError(f"backbone should be {', '.join(entry.name for entry in ENTRIES)}. Found backbone = {name!r}.")
     return Normalized(backbone, mean if mean is not None else own_mean, std if std is not None else own_std)
+
+
+def _from_factory(
+    path: Path, factory: str, num_classes: int | None, checkpoint: str | Path | None, image_size: int | None
+) -> nn.Module:
+    options = {
+        "num_classes": num_classes,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "image_size": image_size,
+    }
+    backbone = build_module(path, factory, options)
+    # What the factory did not take is left; nothing that was asked for is dropped without a word.
+    left = [key for key in ("num_classes", "image_size") if options.get(key) is not None]
+    if left:
+        raise ValueError(
+            f"{path}:{factory} takes no {' and no '.join(left)}; give it such an argument, or leave it out."
+        )
+    weights = options.get("checkpoint")
+    if weights == "random":
+        raise ValueError(
+            f'{path}:{factory} takes no checkpoint, so that it cannot be told "random"; it gives the weights it has.'
+        )
+    if weights is not None:
+        load_weights(backbone, str(weights))
+    return backbone
 
 
 Built = tuple[nn.Module, Sequence[float], Sequence[float]]

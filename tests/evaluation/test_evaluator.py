@@ -68,7 +68,7 @@ def test_an_attack_that_leaves_ball_or_box_is_an_error_and_no_verdict(monkeypatc
     class Cheat:
         perturb = staticmethod(cheated)
 
-    monkeypatch.setattr(evaluator, "make_attack", lambda name, threat: Cheat)
+    monkeypatch.setattr(evaluator, "make_attack", lambda name, threat, **options: Cheat)
     with pytest.raises(RuntimeError, match="pgd-1 left the ball or the box"):
         rp.evaluate(Brightness(), images_at(LEVELS), [THREAT], ["pgd-1"])
 
@@ -112,8 +112,13 @@ def test_batch_size_changes_no_verdict(batch_size):
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 2)).double()
     generator = torch.Generator().manual_seed(3)
     data = ImageSet(torch.rand(31, 3, 4, 4, generator=generator), torch.arange(31) % 2, ("a", "b"))
-    args = (model, data, [rp.ThreatModel("l2", 0.3)], ["pgd-3"])
-    assert rp.evaluate(*args, batch_size=batch_size).to_dict() == rp.evaluate(*args, batch_size=7).to_dict()
+    args = (
+        model,
+        data,
+        [rp.ThreatModel("l2", 0.3)],
+        ["pgd-3", "apgd-ce-5", "t-apgd-dlr-5", "t-pgd-3", "t-fab-3", "square-20"],
+    )
+    assert rp.evaluate(*args, batch_size=batch_size) == rp.evaluate(*args, batch_size=7)
 
 
 def test_an_attacks_figure_does_not_depend_on_its_company():
@@ -123,7 +128,7 @@ def test_an_attacks_figure_does_not_depend_on_its_company():
         torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(3)), torch.arange(40) % 2, ("a", "b")
     )
     alone = rp.evaluate(model, data, [THREAT], ["pgd-1"])
-    among = rp.evaluate(model, data, [WIDER, THREAT], ["fgsm", "clean", "pgd-2", "pgd-1"])
+    among = rp.evaluate(model, data, [WIDER, THREAT], ["fgsm", "clean", "pgd-2", "pgd-1"], each=True)
     assert alone.find("pgd-1", THREAT) == among.find("pgd-1", THREAT)
 
 
@@ -132,7 +137,7 @@ def test_uint8_and_float_images_give_the_same():
     labels = (torch.tensor(LEVELS) > 0.5).long()
     as_bytes = ImageSet(images, labels, ("a", "b"), "x")
     as_floats = ImageSet(images.float() / 255, labels, ("a", "b"), "x")
-    reports = [rp.evaluate(Brightness(), data, [THREAT], ["pgd-2"]).to_dict() for data in (as_bytes, as_floats)]
+    reports = [rp.evaluate(Brightness(), data, [THREAT], ["pgd-2"]) for data in (as_bytes, as_floats)]
     assert reports[0] == reports[1]
 
 
@@ -140,10 +145,7 @@ def test_a_loaders_dataset_is_taken_in_order():
     data = images_at(LEVELS)
     shuffled = DataLoader(data, batch_size=2, shuffle=True)
     model = Brightness()
-    assert (
-        rp.evaluate(model, shuffled, [THREAT], ["fgsm"]).to_dict()
-        == rp.evaluate(model, data, [THREAT], ["fgsm"]).to_dict()
-    )
+    assert rp.evaluate(model, shuffled, [THREAT], ["fgsm"]) == rp.evaluate(model, data, [THREAT], ["fgsm"])
 
 
 def test_the_model_and_the_switches_are_left_as_they_were():
@@ -217,3 +219,232 @@ def test_limit_takes_the_first():
 def test_bad_input(data, attacks, message):
     with pytest.raises(ValueError, match=message):
         rp.evaluate(Brightness(), data, [THREAT], attacks)
+
+
+# --- several attacks ---
+
+
+def three_classes(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
+
+
+def noise(count=40, dtype=torch.float32, shape=(3, 4, 4)):
+    images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    return ImageSet(images, torch.arange(count) % 3, ("a", "b", "c"), "noise")
+
+
+def test_a_broken_sample_is_spared_the_next_attacks_unless_each_is_asked():
+    names = ["fgsm", "pgd-5", "apgd-ce-10"]
+    spared = rp.evaluate(three_classes(), noise(), [THREAT], names)
+    each = rp.evaluate(three_classes(), noise(), [THREAT], names, each=True)
+    assert spared.find("fgsm", THREAT).verdicts == each.find("fgsm", THREAT).verdicts  # the first attack
+    broken = [i for i, v in enumerate(spared.find("fgsm", THREAT).verdicts) if v == "0"]
+    wrong = [i for i, v in enumerate(spared.find("clean", None).verdicts) if v == "0"]
+    later = spared.find("apgd-ce-10", THREAT)
+    assert len(broken) > len(wrong) > 0
+    assert {i for i, v in enumerate(later.verdicts) if v == "."} >= set(broken) - set(wrong)
+    assert all(later.verdicts[i] == "0" for i in wrong)
+    assert later.forwards < each.find("apgd-ce-10", THREAT).forwards
+    assert not later.own and each.find("apgd-ce-10", THREAT).own
+    # The randomness is each sample's own, so what is tried gives the same verdict in any company.
+    assert spared.worst_case(THREAT) == each.worst_case(THREAT) == later.accuracy
+    assert "after apgd-ce-10" in str(spared) and "after" not in str(each)
+
+
+def test_the_mean_over_attacks_needs_each_attacks_own_figure():
+    names = ["fgsm", "pgd-5"]
+    with pytest.raises(ValueError, match=r"evaluate with each=True \(pgd-5\)"):
+        rp.evaluate(three_classes(), noise(), [THREAT], names).adversarial_mean_accuracy()
+    report = rp.evaluate(three_classes(), noise(), [THREAT, WIDER], names, each=True)
+    figures = [report[t, n].accuracy for t in (THREAT, WIDER) for n in names]
+    assert report.adversarial_mean_accuracy() == pytest.approx(sum(figures) / 4)
+    assert report.adversarial_mean_accuracy([WIDER]) == pytest.approx(sum(figures[2:]) / 2)
+
+
+def test_an_ensemble_has_a_verdict_for_each_component():
+    report = rp.evaluate(three_classes(), noise(), [THREAT], ["autoattack-5"])
+    whole = report.find("autoattack-5", THREAT)
+    assert [row.attack for row in whole.components] == ["apgd-ce-5", "t-apgd-dlr-5", "t-fab-5", "square"]
+    broken: set[int] = set()
+    for row in whole.components:
+        own = {i for i, v in enumerate(row.verdicts) if v == "0"}
+        assert all(row.verdicts[i] == "." for i in broken - own)
+        broken |= own
+    assert broken == {i for i, v in enumerate(whole.verdicts) if v == "0"}
+    assert whole.accuracy == whole.components[-1].accuracy and whole.own
+    assert whole.forwards == sum(row.forwards for row in whole.components) > 0
+    alone = rp.evaluate(three_classes(), noise(), [THREAT], ["apgd-ce-5"])
+    assert alone.find("apgd-ce-5", THREAT).verdicts == whole.components[0].verdicts
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_an_ensemble_after_its_own_component_does_not_run_it_twice():
+    report = rp.evaluate(three_classes(), noise(), [THREAT], ["apgd-ce-5", "autoattack-5"])
+    first = report.find("apgd-ce-5", THREAT)
+    whole = report.find("autoattack-5", THREAT)
+    assert whole.components[0] == first
+    assert whole.own  # its verdicts are complete all the same: its first component is what had broken the others
+
+
+def test_several_budgets_in_one_call_give_a_falling_curve():
+    threats = [rp.ThreatModel("linf", eps) for eps in (0.0, 0.05, 0.1, 0.3)]
+    report = rp.evaluate(three_classes(), noise(), threats, ["pgd-10"])
+    curve = [report[threat, "pgd-10"].correct for threat in threats]
+    assert curve[0] == report.clean.correct and curve == sorted(curve, reverse=True) and curve[-1] < curve[0]
+
+
+def test_transfer_needs_a_second_model_and_only_that_ones_gradients():
+    with pytest.raises(ValueError, match="transfer needs a second model"):
+        rp.evaluate(Brightness(), images_at(LEVELS), [WIDER], ["transfer"])
+    other = Brightness()
+    other.scale.data.fill_(3.0)
+    report = rp.evaluate(Brightness(), images_at(LEVELS), [WIDER], ["transfer-10"], transfer_from=other)
+    assert report.find("transfer-10", WIDER).correct == (True, False, False, False, True, False)  # as white-box attacks
+    assert report.find("transfer-10", WIDER).forwards == 0
+
+
+def test_a_suite_depends_on_the_norm():
+    l2 = rp.ThreatModel("l2", 0.3)
+    report = rp.evaluate(three_classes(), noise(3), [THREAT, l2], suite="paper-official-code", each=True)
+    assert report.find("mifgsm@2/255", THREAT).own
+    assert report.find("t-pgd-10@2/225", l2).own
+    with pytest.raises(ValueError, match="suite should be one of paper, paper-official-code"):
+        rp.evaluate(three_classes(), noise(3), [THREAT], suite="all")
+
+
+# --- precision ---
+
+
+class BlindInHalf(Brightness):
+    """In bfloat16 it is wrong about everything; in float32 it is as robust as `Brightness`."""
+
+    def __init__(self):
+        super().__init__()
+        self.sensor = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.sensor.weight)
+
+    def forward(self, images):
+        sign = -1.0 if self.sensor.weight.dtype == torch.bfloat16 else 1.0
+        return sign * super().forward(images)
+
+
+BY_SEARCH = ["pgd-5", "pgd-5x3", "apgd-ce-10", "t-apgd-dlr-10", "t-pgd-5", "square-50", "t-fab-5"]
+
+
+@pytest.mark.parametrize("attack", BY_SEARCH)
+def test_a_success_in_bfloat16_counts_only_where_float32_confirms_it(attack):
+    data = images_at(LEVELS)
+    plain = rp.evaluate(Brightness(), data, [rp.ThreatModel("linf", 1e-6)], [attack])
+    blind = rp.evaluate(BlindInHalf(), data, [rp.ThreatModel("linf", 1e-6)], [attack], precision="bf16")
+    assert plain.worst_case(rp.ThreatModel("linf", 1e-6)) == Accuracy(6, 6)
+    assert blind.worst_case(rp.ThreatModel("linf", 1e-6)) == Accuracy(6, 6)
+
+
+def test_the_search_in_bfloat16_is_as_good_where_the_margin_is_clear():
+    data = images_at(LEVELS)
+    for attack in ("pgd-5", "apgd-ce-10", "square-200"):
+        reports = [rp.evaluate(Brightness(), data, [WIDER], [attack], precision=p) for p in ("fp32", "bf16")]
+        assert reports[0].find(attack, WIDER).verdicts == reports[1].find(attack, WIDER).verdicts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_other_precisions_are_measured_as_they_are(dtype):
+    report = rp.evaluate(three_classes(dtype), noise(), [THREAT], ["pgd-3", "square-20"])
+    plain = rp.evaluate(three_classes(), noise(), [THREAT], ["pgd-3", "square-20"])
+    assert abs(report.worst_case(THREAT).correct - plain.worst_case(THREAT).correct) <= 1
+    if dtype != torch.float32:
+        with pytest.raises(ValueError, match='precision="bf16" is for float32 models'):
+            rp.evaluate(three_classes(dtype), noise(), [THREAT], ["pgd-3"], precision="bf16")
+
+
+# --- batches that couple their samples ---
+
+
+def batch_normalised():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(16, track_running_stats=False)
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), norm, nn.Tanh(), nn.Linear(16, 3))
+
+
+def test_under_batch_statistics_batches_are_fixed_and_nobody_leaves_them():
+    model, data = batch_normalised(), noise(23)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    report = rp.evaluate(model, data, [THREAT], ["pgd-3", "apgd-ce-5", "square-9"], batch_size=10)
+    assert report.fixed_batches == 10 and "ordered batches of 10" in str(report)
+    assert set(seen) == {10, 3}
+    # The clean verdicts are those of the ordered batches.
+    with torch.no_grad():
+        right = torch.cat([model(part).argmax(1) for part in data.images.split(10)]) == data.labels
+    assert report.find("clean", None).correct == tuple(right.tolist())
+    assert rp.evaluate(three_classes(), noise(23), [THREAT], ["fgsm"]).fixed_batches is None
+
+
+# --- what people bring ---
+
+
+class Grey(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(16, 3)
+
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+
+
+SHORT = ["fgsm", "pgd-2", "t-pgd-2", "apgd-ce-3", "t-apgd-dlr-3", "t-fab-3", "square-5"]
+
+
+def test_grey_images():
+    report = rp.evaluate(Grey(), noise(9, shape=(1, 4, 4)), [THREAT, rp.ThreatModel("l2", 0.3)], SHORT)
+    assert report.finished
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_very_few_samples(count):
+    report = rp.evaluate(three_classes(), noise(count), [THREAT, rp.ThreatModel("l2", 0.3)], SHORT)
+    assert report.clean.total == count
+
+
+@pytest.mark.parametrize("classes", [2, 3, 200])
+def test_two_three_and_many_classes(classes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, classes))
+    images = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    data = ImageSet(images, labels, tuple(str(i) for i in range(classes)))
+    names, threat = [*SHORT, "fab-3"] if classes < 200 else SHORT, rp.ThreatModel("linf", 0.5)
+    report = rp.evaluate(model, data, [threat], [*names, "autoattack-5"], each=True)
+    # Linear and unprotected, and the budget reaches the grey image: who finds the gradient breaks everybody.
+    assert report.find("autoattack-5", threat).accuracy.correct == 0
+
+
+@pytest.mark.parametrize("layout", ["non-contiguous", "channels_last"])
+def test_memory_layouts_change_nothing(layout):
+    data = noise(9)
+    images = data.images
+    if layout == "channels_last":
+        other = images.to(memory_format=torch.channels_last)
+    else:
+        other = images.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not other.is_contiguous() and torch.equal(other, images)
+    reports = [
+        rp.evaluate(three_classes(), ImageSet(x, data.labels, data.classes, "noise"), [THREAT], SHORT)
+        for x in (images, other)
+    ]
+    assert [r.verdicts for r in reports[0].results] == [r.verdicts for r in reports[1].results]
+
+
+def test_rounding_outside_the_box_is_accepted_and_more_is_refused():
+    data = noise(6)
+    images = data.images.clone()
+    images[0, 0, 0, 0], images[1, 0, 0, 0] = 1 + 1e-6, -1e-6
+    slack = ImageSet(images, data.labels, data.classes, "noise")
+    assert rp.evaluate(three_classes(), slack, [THREAT], SHORT).finished
+    images[0, 0, 0, 0] = 1.1
+    beyond = ImageSet(images, data.labels, data.classes, "noise")
+    with pytest.raises(ValueError, match="normalisation belongs inside the model"):
+        rp.evaluate(three_classes(), beyond, [THREAT], ["fgsm"])

@@ -1,0 +1,71 @@
+"""Which arithmetic an evaluation runs in: plain float32 for every verdict, less for the search where asked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@contextmanager
+def plain_float32() -> Iterator[None]:
+    """No TF32, no bfloat16 in float32's name and no autocast of the caller's: a verdict must not hang on precision.
+
+    By torch's switch for each backend; the older ones (allow_tf32) cannot be mixed with it.
+    """
+    backends: Any = torch.backends
+    places = ((backends.cuda, "matmul"), (backends.cudnn, "conv"), (backends.cudnn, "rnn"))
+    places += ((backends.mkldnn, "matmul"), (backends.mkldnn, "conv"))
+    switches: list[Any] = [getattr(backend, name, None) for backend, name in places]
+    switches = [switch for switch in switches if hasattr(switch, "fp32_precision")]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+class OwnPrecision(nn.Module):
+    """A model with half-precision weights behind float32 images and logits, which attacks and verdicts are made of."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.to(self.dtype)).float()
+
+
+class ReducedPrecision(nn.Module):
+    """A copy of a float32 model whose matrix products and convolutions run in bfloat16, for the search alone.
+
+    Their weights are cast once; under autocast alone frozen weights would be cast again at every call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        for module in self.model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(torch.bfloat16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return self.model(images).float()
+
+
+def couples_batch(model: nn.Module) -> bool:
+    """Whether predictions depend on who else is in the batch: a BatchNorm without running statistics."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return any(isinstance(module, norms) and module.running_mean is None for module in model.modules())
