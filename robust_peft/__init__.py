@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from robust_peft import adapters, attacks, data, losses, models, objectives, results, surgery, training
+    from robust_peft import adapters, attacks, data, evaluation, losses, models, objectives, results, surgery, training
     from robust_peft.adapters import BottleneckConfig, attach
     from robust_peft.config import OptimConfig, RunConfig, ValidationConfig
-    from robust_peft.evaluation import Report, evaluate
+    from robust_peft.evaluation import Audit, Report, audit, evaluate
     from robust_peft.models import Normalized, load_backbone
     from robust_peft.presets import get_preset
     from robust_peft.runs import load_run, run
@@ -28,7 +28,9 @@ _HOMES = {
     "OptimConfig": "config",
     "RunConfig": "config",
     "ValidationConfig": "config",
+    "Audit": "evaluation",
     "Report": "evaluation",
+    "audit": "evaluation",
     "evaluate": "evaluation",
     "Normalized": "models",
     "load_backbone": "models",
@@ -38,9 +40,21 @@ _HOMES = {
     "ThreatModel": "threat",
     "Trainer": "training",
 }
-_MODULES = ("adapters", "attacks", "data", "losses", "models", "objectives", "results", "surgery", "training")
+_MODULES = (
+    "adapters",
+    "attacks",
+    "data",
+    "evaluation",
+    "losses",
+    "models",
+    "objectives",
+    "results",
+    "surgery",
+    "training",
+)
 
 __all__ = [
+    "Audit",
     "BottleneckConfig",
     "Normalized",
     "OptimConfig",
@@ -52,8 +66,10 @@ __all__ = [
     "adapters",
     "attach",
     "attacks",
+    "audit",
     "data",
     "evaluate",
+    "evaluation",
     "get_preset",
     "load_backbone",
     "load_run",

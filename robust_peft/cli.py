@@ -1,4 +1,4 @@
-"""The command line: ``robust-peft train | evaluate | audit | zoo``. Errors of the user are one line and exit status 2."""
+"""The command line: ``robust-peft train | evaluate | audit | zoo``. A user's mistake is one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -92,6 +92,26 @@ class Evaluate(Subject):
     """Write the report to this file."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Audited(Subject):
+    """Check whether a model's robust accuracy can be believed. Exit status 1 where a check failed."""
+
+    limit: int | None = 200
+    """Only the first so many images."""
+    eps: str | None = None
+    """Budget in pixel units, e.g. 8/255; none: the run's own."""
+    attack: str = "pgd-20"
+    """The attack that the figure was measured with."""
+    report: str | None = None
+    """Report of `robust-peft evaluate` whose figure is audited, instead of measuring it again."""
+    train_data: str | None = None
+    """Training images, named as --data, to look for the test images in; none: the run's own."""
+    checks: tuple[str, ...] = ()
+    """Only these checks; none: all."""
+    output: str | None = None
+    """Folder for audit.json, audit.md and the pictures."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -103,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands: dict[str, Callable[[list[str]], None]] = {
+    commands: dict[str, Callable[[list[str]], int | None]] = {
         "train": _train,
         "evaluate": _evaluate,
         "audit": _audit,
@@ -116,9 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(action: Callable[[], Any]) -> int:
-    """Run an action; a user's mistake becomes one line on standard error and exit status 2."""
+    """Run an action; a user's mistake becomes one line on standard error and exit status 2.
+
+    Otherwise the status is what the action returns, or 0.
+    """
     try:
-        action()
+        status = action()
         if "torch.distributed" in sys.modules:
             from robust_peft.processes import leave
 
@@ -128,7 +151,7 @@ def guarded(action: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         print("Interrupted. A run goes on from its last saved state with --resume.", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def train(
@@ -207,6 +230,40 @@ def _evaluate(arguments: list[str]) -> None:
     else:
         report.save(where)
         print(f"Report: {where}")
+
+
+def _audit(arguments: list[str]) -> int:
+    parsed: Audited = parse(Audited, arguments, prog="robust-peft audit")
+
+    from robust_peft.data import load_images
+    from robust_peft.evaluation import Report, audit
+    from robust_peft.runs import is_run, load_data, load_run_config
+
+    (threat,) = _threats(parsed, () if parsed.eps is None else (parsed.eps,))
+    model, data, other = _subject(parsed)
+    train: Any = None
+    if parsed.train_data is not None:
+        train = load_images(parsed.train_data, image_size=parsed.image_size)
+    elif is_run(parsed.source):
+        train = load_data(load_run_config(parsed.source).data).train
+    found = audit(
+        model,
+        data,
+        threat,
+        attack=parsed.attack,
+        limit=parsed.limit,
+        batch_size=parsed.batch_size,
+        seed=parsed.seed,
+        train_data=train,
+        transfer_from=other,
+        report=None if parsed.report is None else Report.load(parsed.report),
+        checks=parsed.checks or None,
+        output=parsed.output,
+        progress=True,
+    )
+    print(found)
+    print(f"Written to {parsed.output}." if parsed.output else "Not saved; --output FOLDER keeps it, with pictures.")
+    return 1 if found.failed else 0
 
 
 def _threats(parsed: Subject, budgets: Sequence[str]) -> list[Any]:

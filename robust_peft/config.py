@@ -348,7 +348,11 @@ class EvaluationConfig(Part):
     """What is measured on the test images at the end."""
 
     attacks: tuple[str, ...] = ("clean", "pgd-20")
-    """Attacks by name: clean, fgsm, pgd-K; none at all leaves the test images unseen."""
+    """Attacks by name (robust-peft zoo attacks lists them); none at all leaves the test images unseen."""
+    each: bool = False
+    """Try every attack on every sample, also those that another one has broken."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the attacks' iterations; what counts is confirmed in float32."""
     limit: int | None = None
     """Only the first so many test images."""
     batch_size: int = 128
@@ -356,6 +360,7 @@ class EvaluationConfig(Part):
 
     def problems(self) -> list[str]:
         problems = Problems("evaluation")
+        problems.one_of("precision", self.precision, ("fp32", "bf16"))
         problems.at_least("limit", self.limit, 1)
         problems.at_least("batch_size", self.batch_size, 1)
         return problems.found

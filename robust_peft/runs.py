@@ -50,8 +50,10 @@ from robust_peft.training.state import STATE_FILE
 
 ADAPTER_FOLDER = "adapter"
 FULL_WEIGHTS = "model.safetensors"
+EVALUATION_FOLDER = "evaluation"  # every batch's verdicts, so that a killed evaluation goes on with --resume
 # What a run writes, and so all that --overwrite removes.
-WRITTEN = ("config.json", "metrics.jsonl", ADAPTER_FOLDER, FULL_WEIGHTS, "state", "evaluation.json", "README.md")
+WRITTEN = ("config.json", "metrics.jsonl", ADAPTER_FOLDER, FULL_WEIGHTS, "state", EVALUATION_FOLDER, "evaluation.json")
+WRITTEN += ("README.md",)
 _MODELS = "a run folder, micro_swin, timm/NAME, hf/NAME or path/to/module.py:factory"
 PACKAGES = ("robust_peft", "torch", "torchvision", "timm", "peft", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -99,7 +101,7 @@ def run(
     """
     folder = Path(output)
     for name in config.evaluation.attacks:
-        check_attack_name(name)  # now, not after hours of training
+        check_attack_name(name, config.threat.norm)  # now, not after hours of training
     state = process_state()
     with _claimed(folder) if state.is_main_process else nullcontext():
         on_main_or_raise(lambda: _check_folder(folder, config, resume, overwrite))
@@ -161,7 +163,10 @@ def run(
                 config.evaluation.attacks,
                 batch_size=config.evaluation.batch_size,
                 limit=config.evaluation.limit,
+                each=config.evaluation.each,
+                precision=config.evaluation.precision,
                 seed=config.seed,
+                output=folder / EVALUATION_FOLDER,
                 progress=progress and state.is_main_process,
             )
         result = RunResult(folder, True, model, fit, report, trainable, size)
@@ -499,10 +504,12 @@ def _card(config: RunConfig, result: RunResult) -> str:
         lines += ["| measured on test images | accuracy, 95 % interval |", "| --- | --- |"]
         for row in result.report.results:
             name = "no attack" if row.threat is None else f"{row.attack}, {row.threat}"
+            name = name if row.own else f"after {name}"
             lines.append(f"| {name} | {row.accuracy} |")
         lines.append("")
     lines += [
-        "An accuracy under PGD is an upper bound: stronger attacks may find more.",
+        "An accuracy under attack is an upper bound: a stronger attack may find more. `robust-peft evaluate` with "
+        "`--attacks autoattack` runs the standard one, and `robust-peft audit` tells whether a figure can be believed.",
         "",
         "```python",
         "import robust_peft as rp",

@@ -273,7 +273,8 @@ def torchattacks_fab(norm: str, steps: int) -> Callable[[Lent, Tensor, Tensor, T
             directions[rows, targets] = 1
             directions[rows, la] = -1
             (grad,) = torch.autograd.grad(logits, pixels, directions, retain_graph=keep)
-            scale, grad = _scaled(grad)
+            # torchattacks takes views of it, which a channels_last model's gradient does not have.
+            scale, grad = _scaled(grad.contiguous())
             return (logits[rows, targets] - logits[rows, la]).detach().to(grad.dtype) / scale, grad
 
     def run(lent: Lent, pixels: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:

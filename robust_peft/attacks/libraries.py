@@ -202,17 +202,16 @@ class CarliniWagner(LibraryAttack):
     Under L-inf: `PGD` on the margin objective, which the field has called so since Madry et al. 2018; none of the
     paper's own.
 
-    Differs from the paper: 9 x 100 steps of 0.1 instead of 9 x 10,000 of 0.01. One step of 0.01 moves the argument of
-    the tanh, which is 7 away from a grey pixel where a pixel is black or white, so that 100 such steps could not move it
-    by a visible amount. foolbox's early stop, which looks at the sum over the batch, is off. torchattacks has no search
-    for c, cannot move a pixel of 0 or 1, stops by the sum over the batch, and takes 0 for the best other logit where
-    all are negative.
+    Differs from the paper: 9 x 100 steps of 0.05 instead of 9 x 10,000 of 0.01. A hundred steps of 0.01 cannot move a
+    black or white pixel, where the tanh is flat; steps of 0.1 are too coarse for natural images. foolbox's early stop,
+    which looks at the sum over the batch, is off. torchattacks has no search for c, cannot move a pixel of 0 or 1 at
+    all, stops by the sum over the batch, and takes 0 for the best other logit where all are negative.
 
     Args:
         threat: Norm, budget and box.
         steps: Number of steps, under L2 for each c; at least 1.
         binary_search_steps: How many values of c are tried, from 0.001 on. None: 9. L2 only.
-        step_size: Adam's step in the space of the paper's w (eq. 7 ff.), which has no unit. None: 0.1. L2 only.
+        step_size: Adam's step in the space of the paper's w (eq. 7 ff.), which has no unit. None: 0.05. L2 only.
     """
 
     steps: int = 100
@@ -242,7 +241,7 @@ class CarliniWagner(LibraryAttack):
         attack = library("foolbox").attacks.L2CarliniWagnerAttack(
             binary_search_steps=self.binary_search_steps or 9,
             steps=self.steps,
-            stepsize=0.1 if self.step_size is None else self.step_size,
+            stepsize=0.05 if self.step_size is None else self.step_size,
             abort_early=False,
         )
         search = Search(model, self.threat, images, labels, confirm)

@@ -1,52 +1,39 @@
-"""Square Attack: random search with windows, a black-box attack that asks the model for its logits and nothing else.
+"""Square: random search over square changes, which asks the model for its logits alone.
 
-Andriushchenko et al. 2020 (arXiv:1912.00049), Algorithms 1 to 3, with the settings of the standard AutoAttack (Croce
-and Hein 2020, arXiv:2003.01690). Differs from AutoAttack's implementation in four ways:
-
-- Each sample draws its own windows and signs from its key. There one window serves the whole batch, so that a sample's
-  result hangs on who shares the batch.
-- Windows may touch the last row and column, as in the paper. There the draw stops one short of them.
-- L-inf: a window that would change nothing (a sign drawn once more where it already is) is drawn with the opposite
-  signs, rather than spend a query on the image that was asked last. The paper's authors draw again until it changes.
-- L2: the tiles of the start are centred in images of any height and width; there they are laid out for squares.
+Andriushchenko, Croce, Flammarion and Hein 2020 (arXiv:1912.00049), Algorithms 1 to 3. Differs from the official
+implementation in its randomness: there one window serves the whole batch, here each sample draws its own from its key,
+so that a result does not depend on the batch; and the last possible position of a window is drawn too.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from robust_peft import keyed_random
-from robust_peft.attacks.victim import Confirm, as_victim
+from robust_peft.attacks.victim import Confirm, as_victim, full_precision_logits
+from robust_peft.objectives import margin
 from robust_peft.threat import ThreatModel
 
-_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""After these queries of 10,000 a window's share of the pixels is halved (the paper's section 5)."""
-_BLOCK = 64
-"""Queries whose random numbers are drawn in one call: a call for each would cost as much as the rest of the query."""
+BLOCK = 64  # iterations whose random numbers are drawn in one call
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of the changed share, in iterations of 10,000
 
 
 @dataclass(frozen=True)
 class Square:
-    """``queries`` times: put a random window into the best image so far, and keep it if the margin grew.
-
-    A sample that is misclassified already is attacked like any other: the image itself is not asked about.
+    """Random search: a change that raises the margin, or fools the model, is kept.
 
     Args:
         threat: Norm, budget and box.
-        queries: Windows tried in each restart, at least 1. The start, of stripes (L-inf) or tiles (L2), is one query
-            more.
-        p_init: Share of the pixels that the first windows cover, in (0, 1]. Later ones are smaller.
-        restarts: Independent starts. The adversarial image kept is one that fools the model, if any does, or else the
-            one with the highest margin.
-        rescale_schedule: Shrink the windows over ``queries`` as over the paper's 10,000. False, as in the standard
-            AutoAttack: by the number of the query, so that 5,000 of them end with larger windows.
-        early_stop: Take a sample out of the batch once it is misclassified. False: nobody leaves the batch, for models
-            that couple its samples; a misclassified one goes on with its image unchanged.
+        queries: Images that the model is asked about after the first.
+        p_init: Share of the pixels that a change covers in the beginning; the standard AutoAttack takes 0.8.
+        restarts: Independent runs.
+        rescale_schedule: Shrink the schedule, made for 10,000 queries, to ``queries``. The standard does not.
+        early_stop: Whether a sample that is fooled leaves the batch. Without, it stays there with its image.
 
     Raises:
         ValueError: For a value out of range.
@@ -66,33 +53,14 @@ class Square:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} should be an integer of at least 1. Found {name} = {value!r}.")
-        p = self.p_init
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p <= 1:
-            raise ValueError(f"p_init should be a number above 0 and at most 1. Found p_init = {p!r}.")
-        for name in ("rescale_schedule", "early_stop"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} should be True or False. Found {name} = {value!r}.")
+        if not isinstance(self.p_init, (int, float)) or isinstance(self.p_init, bool) or not 0 < self.p_init <= 1:
+            raise ValueError(f"p_init should be in (0, 1]. Found p_init = {self.p_init!r}.")
 
     def __str__(self) -> str:
         return f"Square-{self.queries}{f' x{self.restarts}' if self.restarts > 1 else ''} {self.threat}"
 
-    def share(self, query: int) -> float:
-        """The share of the pixels that the window of a query covers, before rounding; queries count from 0."""
-        if self.rescale_schedule:
-            query = int(query / self.queries * 10000)
-        return self.p_init / 2 ** bisect_left(_HALVINGS, query)
-
-    def window_size(self, query: int, height: int, width: int) -> int:
-        """The side of the window of a query, in pixels."""
-        size = round(math.sqrt(self.share(query) * height * width))
-        if self.threat.norm == "l2":
-            # Odd and at least 3, so that the pattern has two halves with a centre each.
-            size = max(size, 3) | 1
-        return min(max(size, 1), height, width)
-
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *, keys: Tensor | None = None) -> Tensor:
-        """Adversarial images. The model is attacked in eval mode, without gradients, and left as it was.
+        """Adversarial images. The model is asked in eval mode and left as it was; its gradients are not used.
 
         Args:
             model: Pixels of shape `[B, C, H, W]` in the threat's box to logits of shape `[B, K]`.
@@ -102,15 +70,15 @@ class Square:
                 generator.
 
         Returns:
-            Images of the shape and dtype of ``images``, inside ball and box.
+            Images of the shape and dtype of ``images``, inside ball and box: one that fools the model where one was
+            found, else the one with the highest margin.
 
         Raises:
-            ValueError: If the images are not in the box or have another number of dimensions.
+            ValueError: If the images are not in the box.
         """
         self.threat.check_images(images)
         return self.perturb(model, images, labels, keys=keys)
 
-    @torch.no_grad()
     def perturb(
         self,
         model: nn.Module,
@@ -120,31 +88,191 @@ class Square:
         keys: Tensor | None = None,
         confirm: Confirm | None = None,
     ) -> Tensor:
-        """As calling the attack, without the check of the pixel range.
-
-        Where ``confirm`` is given, a misclassified sample is done only if it agrees, and is attacked on if not.
-        """
-        if images.dim() != 4:
-            raise ValueError(f"images should have the shape [B, C, H, W]. Found {list(images.shape)}.")
+        """As calling the attack, without the check of the pixel range; ``confirm`` as in `attacks.victim`."""
+        images = images.detach()
+        result = self.threat.project(images, images).contiguous()
         if len(images) == 0:
-            return images.detach().clone()
+            return result.clone()
         if keys is None:
             keys = keyed_random.fresh_keys(len(images), images.device)
-        images = images.detach().contiguous()
-        everyone = torch.arange(len(images), device=images.device)
-        adv_images = images.clone()
-        adv_margins = torch.full((len(images),), -torch.inf, device=images.device)
+        best_score = torch.full((len(images),), -torch.inf, device=images.device)
         fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        with as_victim(model):
+        with as_victim(model), torch.no_grad():
             for restart in range(self.restarts):
-                rows = everyone[~fooled] if self.early_stop else everyone
-                clean, own_keys = images[rows], keyed_random.derive(keys[rows], restart)
-                best, margins, numbers = clean, adv_margins.new_full((len(rows),), -torch.inf), own_keys
-                for query in range(-1, self.queries):
-                    if fooled.all() if len(rows) == len(images) else len(rows) == 0:
-                        return adv_images
-                    if query == -1:
-                        candidates = self._start(clean, keyed_random.derive(own_keys, 0))
-                    else:
-                        pass
-        return adv_images
+                positions = torch.arange(len(images), device=images.device)
+                if self.early_stop:
+                    positions = positions[~fooled]
+                if len(positions) == 0:
+                    break
+                self._run(
+                    model, images, labels, keyed_random.derive(keys, restart), positions, confirm,
+                    result, best_score, fooled,
+                )  # fmt: skip
+        return result
+
+    def _run(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor,
+        positions: Tensor,
+        confirm: Confirm | None,
+        result: Tensor,
+        best_score: Tensor,
+        fooled: Tensor,
+    ) -> None:
+        """One run over the samples at ``positions`` of shape `[b]`; writes into the last three, of B rows."""
+        clean, own_labels, own_keys = images[positions], labels[positions], keys[positions]
+        candidate = self._first(clean, own_keys)
+        current, score = candidate, torch.full((len(positions),), -torch.inf, device=images.device)
+        done = torch.zeros(len(positions), dtype=torch.bool, device=images.device)
+        draws = torch.empty(0)
+        for query in range(self.queries + 1):
+            if query:
+                place = (query - 1) % BLOCK
+                if place == 0:
+                    count = min(BLOCK, self.queries - query + 1)
+                    draws = keyed_random.uniform(
+                        keyed_random.derive(own_keys, 1 + query // BLOCK),
+                        (count, 5 + images.shape[1]),
+                        _draw_dtype(images),
+                    )
+                candidate = self._change(current, clean, draws[:, place], self.window(query - 1, images.shape))
+            logits = full_precision_logits(model, candidate)
+            new_score = margin(logits, own_labels)
+            # What is no number is wrong (it is no answer), and comes before any number.
+            hit = (logits.argmax(dim=1) != own_labels) | ~logits.isfinite().all(dim=1)
+            new_score = torch.where(new_score.isnan(), torch.inf, new_score).to(score.dtype)
+            hit &= ~done
+            if confirm is not None and bool(hit.any()):
+                rows = hit.nonzero().squeeze(1)
+                hit[rows] = confirm(candidate[rows], positions[rows])
+            better = ((new_score > score) | hit) & ~done
+            current = torch.where(better.reshape(-1, 1, 1, 1), candidate, current)
+            score = torch.where(better, new_score, score)
+            done |= hit
+            if self.early_stop and bool(hit.any()):
+                out = positions[hit]
+                result[out], best_score[out], fooled[out] = current[hit], torch.inf, True
+                stay = ~hit
+                positions, clean, own_labels, own_keys = positions[stay], clean[stay], own_labels[stay], own_keys[stay]
+                current, score, done = current[stay], score[stay], done[stay]
+                draws = draws[stay] if query else draws
+                if len(positions) == 0:
+                    return
+        score = torch.where(done, torch.inf, score)
+        better = score > best_score[positions]
+        result[positions[better]] = current[better]
+        best_score[positions[better]] = score[better].to(best_score.dtype)
+        fooled[positions] |= done
+
+    def window(self, iteration: int, shape: torch.Size) -> int:
+        """Side of the square that is changed in an iteration, counted from 0, of images of shape `[B, C, H, W]`."""
+        counted = int(iteration / self.queries * 10000) if self.rescale_schedule else iteration
+        share = self.p_init / 2 ** sum(counted > bound for bound in HALVINGS)
+        height, width = shape[-2:]
+        side = max(round(math.sqrt(share * height * width)), 1)
+        if self.threat.norm == "l2":
+            side = max(side, 3) | 1  # odd, so that its pyramid has a middle
+        return min(side, height, width)
+
+    def _first(self, clean: Tensor, keys: Tensor) -> Tensor:
+        """The first image: vertical stripes at the ball's surface (L-inf), a grid of pyramids (L2)."""
+        count, channels, height, width = clean.shape
+        dtype = _draw_dtype(clean)
+        if self.threat.norm == "linf":
+            signs = keyed_random.uniform(keyed_random.derive(keys, 0), (channels, 1, width), dtype)
+            return self.threat.project(clean + self.threat.eps * _sign(signs), clean)
+        side = max(min(height, width) // 5, 1)
+        rows, columns = height // side, width // side
+        draws = keyed_random.uniform(keyed_random.derive(keys, 0), (rows, columns, channels + 1), dtype)
+        tiles = pyramids(side, dtype, clean.device)[(draws[..., 0] < 0.5).long()]  # [b, rows, columns, side, side]
+        tiles = tiles.unsqueeze(3) * _sign(draws[..., 1:])[..., None, None]  # [b, rows, columns, C, side, side]
+        grid = tiles.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, rows * side, columns * side)
+        delta = torch.zeros_like(clean)
+        delta[:, :, : rows * side, : columns * side] = grid.to(clean.dtype)
+        return self.threat.project(clean + self.threat.eps * _unit(delta), clean)
+
+    def _change(self, current: Tensor, clean: Tensor, draws: Tensor, side: int) -> Tensor:
+        """A change of each sample's image in a window of its own; ``draws`` of shape `[b, 5 + C]`."""
+        height, width = clean.shape[-2:]
+        top, left = _corner(draws[:, 0], height - side), _corner(draws[:, 1], width - side)
+        signs = _sign(draws[:, 5:]).to(clean.dtype)
+        first = _window(top, left, side, height, width)
+        if self.threat.norm == "linf":
+            # A step of 2 eps from anywhere in the ball ends at the surface.
+            moved = clean + self.threat.eps * signs[:, :, None, None]
+            return self.threat.project(torch.where(first, moved, current), clean)
+        delta = current - clean
+        second = _window(_corner(draws[:, 2], height - side), _corner(draws[:, 3], width - side), side, height, width)
+        channels = clean.shape[1]
+        freed = (delta * (first | second)).square().sum(dim=(2, 3), keepdim=True)
+        unspent = (self.threat.eps**2 - delta.square().sum(dim=(1, 2, 3), keepdim=True)).clamp(min=0) / channels
+        # The pyramid is laid at the window's place, and what is there adds to it with equal weight.
+        pyramid = pyramids(side, clean.dtype, clean.device)[(draws[:, 4] < 0.5).long()]
+        laid = _lay(pyramid, top, left, height, width).unsqueeze(1) * signs[:, :, None, None]
+        inside = delta * first
+        new = laid + inside / inside.square().sum(dim=(2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+        new = new / new.square().sum(dim=(2, 3), keepdim=True).sqrt().clamp(min=1e-12) * (unspent + freed).sqrt()
+        delta = torch.where(first, new, torch.where(second, 0, delta))
+        return self.threat.project(clean + self.threat.eps * _unit(delta), clean)
+
+
+def _draw_dtype(images: Tensor) -> torch.dtype:
+    return torch.float64 if images.dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=64)
+def pyramids(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The L2 update of Algorithm 3 and its transpose, of shape `[2, side, side]` and unit norm.
+
+    One half rises, the other falls: each is a pseudo-Gaussian of concentric rectangles that sums 1 / (k + 1)^2 over the
+    rectangles k that hold the pixel.
+    """
+
+    def hill(height: int) -> Tensor:
+        rows = (torch.arange(height) - height // 2).abs()
+        columns = (torch.arange(side) - side // 2).abs()
+        distance = torch.maximum(rows[:, None], columns[None, :])
+        outermost = max(height // 2, side // 2) + 1
+        weights = 1 / torch.arange(1, outermost + 1, dtype=torch.float64).square()
+        sums = weights.flip(0).cumsum(0).flip(0)
+        sums = torch.cat([sums, sums.new_zeros(1)])
+        found = sums[distance.clamp(max=outermost)]
+        return found / found.square().sum().sqrt().clamp(min=1e-12) if height else found
+
+    both = torch.cat([hill(side // 2), -hill(side - side // 2)])
+    both = both / both.square().sum().sqrt()
+    return torch.stack([both, both.T]).to(device, dtype)
+
+
+def _sign(draws: Tensor) -> Tensor:
+    return torch.where(draws < 0.5, -1.0, 1.0).to(draws.dtype)
+
+
+def _corner(draw: Tensor, room: int) -> Tensor:
+    return (draw * (room + 1)).long()
+
+
+def _window(top: Tensor, left: Tensor, side: int, height: int, width: int) -> Tensor:
+    """Where each sample's window lies, bool of shape `[b, 1, H, W]`."""
+    rows, columns = torch.arange(height, device=top.device), torch.arange(width, device=top.device)
+    in_rows = (rows >= top[:, None]) & (rows < top[:, None] + side)
+    in_columns = (columns >= left[:, None]) & (columns < left[:, None] + side)
+    return (in_rows[:, :, None] & in_columns[:, None, :]).unsqueeze(1)
+
+
+def _lay(tiles: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+    """Tiles of shape `[b, s, s]` at their places in zeros of shape `[b, H, W]`."""
+    side = tiles.shape[-1]
+    steps = torch.arange(side, device=tiles.device)
+    laid = tiles.new_zeros(len(tiles), height, width)
+    rows = (top[:, None] + steps)[:, :, None]
+    columns = (left[:, None] + steps)[:, None, :]
+    laid[torch.arange(len(tiles), device=tiles.device)[:, None, None], rows, columns] = tiles
+    return laid
+
+
+def _unit(delta: Tensor) -> Tensor:
+    return delta / delta.square().sum(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)

@@ -18,6 +18,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from robust_peft.attacks import lending
 from robust_peft.attacks.libraries import DDN, FAB, MIFGSM, CarliniWagner, LibraryAttack
 from robust_peft.attacks.pgd import PGD
 from robust_peft.attacks.victim import Counted
@@ -41,6 +42,11 @@ def small(name: str, threat: ThreatModel | None = None) -> LibraryAttack:
         "ddn-l2": lambda: DDN(l2, steps=10),
     }
     return makers[name]()
+
+
+def generous(name: str) -> LibraryAttack:
+    """The same with a budget at which it should break most samples."""
+    return small(name, ThreatModel("linf", 0.3) if "linf" in name else ThreatModel("l2", 2))
 
 
 NAMES = ["fab-linf", "fab-l2", "t-fab-linf", "t-fab-l2", "mifgsm-linf", "cw-linf", "cw-l2", "ddn-l2"]
@@ -120,14 +126,13 @@ def linear_problem(norm: str, classes: int = 5, count: int = 40) -> tuple[Linear
 
 
 STRONG: list[tuple[str, Callable[[ThreatModel], LibraryAttack], str, float]] = [
-    # FAB goes 1.05 times as far as the boundary.
-    ("fab", FAB, "linf", 1.06),
-    ("fab", FAB, "l2", 1.06),
-    ("t-fab", lambda threat: FAB(threat, targeted=True), "linf", 1.06),
-    ("t-fab", lambda threat: FAB(threat, targeted=True), "l2", 1.06),
-    # DDN's radius moves by 5 % a step.
-    ("ddn", DDN, "l2", 1.06),
-    ("cw", CarliniWagner, "l2", 1.1),
+    ("fab", FAB, "linf", 1.02),
+    ("fab", FAB, "l2", 1.02),
+    ("t-fab", lambda threat: FAB(threat, targeted=True), "linf", 1.02),
+    ("t-fab", lambda threat: FAB(threat, targeted=True), "l2", 1.02),
+    ("cw", CarliniWagner, "l2", 1.06),
+    # Of several classes the cross-entropy's gradient does not point at the nearest.
+    ("ddn", DDN, "l2", 1.1),
 ]
 
 
@@ -160,7 +165,7 @@ def test_mifgsm_reaches_the_corner_of_the_ball() -> None:
 
 
 def test_mifgsm_is_the_papers() -> None:
-    """Eq. 6 and 7 of Dong et al., written down once more; a step size of our own, so that the signs' history matters."""
+    """Eq. 6 and 7 of Dong et al., written down once more, with steps that make the momentum matter."""
     model, images, labels = problem(20)
     threat, expected, momentum = ThreatModel("linf", 0.1), images, torch.zeros_like(images)
     for _ in range(10):
@@ -280,8 +285,7 @@ def test_untargeted_and_targeted_fab_reach_each_class() -> None:
 def test_any_number_of_classes(name: str, classes: int) -> None:
     """The budget is generous, so that each attack breaks most samples, whatever the classes."""
     model, images, labels = problem(10, classes=classes)
-    attack = small(name, ThreatModel("linf", 0.3) if "linf" in name else ThreatModel("l2", 2))
-    adv_images = attack(model, images, labels, keys=keys_of(10))
+    adv_images = generous(name)(model, images, labels, keys=keys_of(10))
     assert (predictions(model, adv_images) != labels).sum() >= 6
 
 
@@ -300,27 +304,28 @@ def test_targets_come_in_descending_order_of_the_clean_logits() -> None:
     assert broken.sum() >= 30 and (gap[broken] < 0.1 * clean_gap[broken]).all()
 
 
-@pytest.mark.parametrize("name", ["fab-linf", "fab-l2", "t-fab-l2", "mifgsm-linf", "ddn-l2"])
-@pytest.mark.parametrize("scale", [1e-9, 1e-4, 1e4])
-def test_scale_of_a_linear_models_logits_hardly_matters(name: str, scale: float) -> None:
-    """torchattacks' and the reference's FAB do nothing under L2 below 1e-8, foolbox's DDN loses its way below 1e-12."""
-    model, images, labels, distance = linear_problem(name.rsplit("-", 1)[1])
-    threat = ThreatModel(name.rsplit("-", 1)[1], distance.median().item())
-    attack = small(name, threat)
+@pytest.mark.parametrize("name", FABS)
+@pytest.mark.parametrize("scale", [1e-9, 1e6])
+def test_scale_of_the_logits_under_fab_hardly_matters(name: str, scale: float) -> None:
+    """torchattacks' FAB and the reference do nothing under L2 where gradients are below 1e-8."""
+    model, images, labels, distance = linear_problem(small(name).threat.norm)
+    attack = small(name, ThreatModel(small(name).threat.norm, distance.median().item()))
     scaled = Linear(model.weight.detach() * scale)
     fooled = predictions(scaled, attack(scaled, images, labels)) != labels
-    # Cross-entropy at a scale of 1e4 is saturated, which is MI-FGSM's and DDN's own.
-    assert fooled.sum() >= (0 if scale > 1 and name in ("mifgsm-linf", "ddn-l2") else 15)
+    plain = predictions(model, attack(model, images, labels)) != labels
+    # Rounding may flip a sample at the boundary.
+    assert plain.sum() >= 15 and (fooled != plain).sum() <= 1
 
 
-def test_ddn_of_a_hardly_sloping_loss() -> None:
-    model, images, labels, distance = linear_problem("l2")
-    threat = ThreatModel("l2", distance.median().item())
-    plain, faint = (
-        predictions(model, DDN(threat)(Wrapped(model, after=lambda x, s=scale: x * s), images, labels)) != labels
-        for scale in (1.0, 1e-20)
-    )
-    assert plain.sum() >= 15 and faint.sum() >= plain.sum() - 2
+@pytest.mark.parametrize("make", [DDN, MIFGSM])
+def test_a_hardly_sloping_loss(make: Any) -> None:
+    """foolbox's DDN takes gradients below 1e-12 for shorter than they are, and those below 1e-19 for zero."""
+    norm = "l2" if make is DDN else "linf"
+    model, images, labels, distance = linear_problem(norm, classes=2)
+    attack = make(ThreatModel(norm, distance.median().item() * 1.02))
+    faint = Wrapped(model, after=lambda logits: logits * 1e-20)
+    assert_close(attack(faint, images, labels), attack(model, images, labels), rtol=0, atol=1e-3)
+    assert (predictions(model, attack(faint, images, labels)) != labels).sum() >= 15
 
 
 # What the wrapper promises
@@ -513,33 +518,33 @@ def test_a_batch_of_seven_is_seven_batches_of_one(name: str, dtype: torch.dtype,
     assert torch.equal(predictions(model, alone) != labels, predictions(model, together) != labels)
 
 
+class Step(nn.Module):
+    """Two classes by whether the first pixel is below a threshold: no gradient anywhere."""
+
+    def __init__(self, thresholds: Tensor) -> None:
+        super().__init__()
+        self.thresholds = thresholds
+
+    def forward(self, images: Tensor) -> Tensor:
+        low = (images[:, 0, 0, 0] < self.thresholds).to(images.dtype) + 0 * images.flatten(1).sum(dim=1)
+        return torch.stack([1 - low, low], dim=1)
+
+
 def test_noise_of_ddn_belongs_to_the_sample() -> None:
     """Where gradients vanish foolbox draws from torch's generator, in the order of the batch."""
-    model, images = Linear(torch.zeros(4, 48)), some_images(7, dtype=torch.float32)
-    model.weight.data[:, 0] = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    # Behind a step: no gradient anywhere, and the prediction hangs on the first pixel's side of its clean value.
-    first = images.clone()
-
-    class Steps(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            low = (x[:, 0, 0, 0].unsqueeze(1) < self.threshold).to(x.dtype) + 0 * x.flatten(1).sum(1, keepdim=True)
-            return torch.cat([1 - low, low], dim=1)
-
-    def attack_alone(i: int, keys: Tensor) -> Tensor:
-        model = Steps()
-        model.threshold = first[i : i + 1, 0, 0, 0].unsqueeze(1) - 0.001
-        return DDN(L2, steps=20)(model, images[i : i + 1], torch.zeros(1, dtype=torch.int64), keys=keys[i : i + 1])
-
-    model = Steps()
-    model.threshold = first[:, 0, 0, 0].unsqueeze(1) - 0.001
-    keys = keys_of(7)
-    together = DDN(L2, steps=20)(model, images, torch.zeros(7, dtype=torch.int64), keys=keys)
-    alone = torch.cat([attack_alone(i, keys) for i in range(7)])
-    moved = (together != images).flatten(1).any(dim=1)
-    assert moved.sum() >= 4
-    assert_close(alone, together, rtol=0, atol=1e-5)
-    other = DDN(L2, steps=20)(model, images, torch.zeros(7, dtype=torch.int64), keys=keys + 1)
-    assert not torch.equal(other, together)
+    images, keys, attack = some_images(7), keys_of(7), DDN(L2, steps=20)
+    thresholds, labels = images[:, 0, 0, 0] - 0.001, torch.zeros(7, dtype=torch.int64)
+    together = attack(Step(thresholds), images, labels, keys=keys)
+    singly = (slice(i, i + 1) for i in range(7))
+    alone = torch.cat([attack(Step(thresholds[i]), images[i], labels[i], keys=keys[i]) for i in singly])
+    assert (together != images).flatten(1).any(dim=1).sum() >= 4
+    assert_close(alone, together, rtol=0, atol=1e-9)
+    assert not torch.equal(attack(Step(thresholds), images, labels, keys=keys + 1), together)
+    # Without keys they are drawn from torch's generator.
+    torch.manual_seed(0)
+    first, second = (attack(Step(thresholds), images, labels) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(first, second) and not torch.equal(attack(Step(thresholds), images, labels), first)
 
 
 @every
@@ -574,8 +579,7 @@ def test_a_model_without_parameters(name: str) -> None:
     weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = Wrapped(nn.Flatten(), after=lambda x: x @ weight.T)
     labels = predictions(model, images)
-    adv_images = small(name, ThreatModel(small(name).threat.norm, 0.5))(model, images, labels)
-    assert (predictions(model, adv_images) != labels).sum() >= 4
+    assert (predictions(model, generous(name)(model, images, labels)) != labels).sum() >= 4
 
 
 @every
@@ -583,13 +587,8 @@ def test_a_model_without_parameters(name: str) -> None:
 def test_logits_that_are_no_numbers_do_no_harm(name: str, value: float) -> None:
     """Every second image's; the others do not notice, and no pixel becomes NaN."""
     model, images, labels = problem()
-    keys = keys_of(6)
-    broken = Wrapped(model, after=lambda x: torch.cat([x[i : i + 1] * (value if odd else 1) for i, odd in rows(x)]))
-    odd = torch.arange(6) % 2 == 1
-
-    def rows(logits: Tensor) -> list[tuple[int, bool]]:
-        return [(i, bool(i % 2)) for i in range(len(logits))]
-
+    keys, odd = keys_of(6), torch.arange(6) % 2 == 1
+    broken = Wrapped(model, after=lambda logits: logits * torch.where(odd, value, 1.0).unsqueeze(1).to(logits.dtype))
     attack = small(name)
     # Whoever is left out changes who is odd, so nobody is.
     if isinstance(attack, FAB):
@@ -618,7 +617,7 @@ class PoisonedGradient(torch.autograd.Function):
 def test_gradients_that_are_no_numbers_are_zero(name: str) -> None:
     """That pixel stays, the others move, and the sample is broken as if the pixel could not be changed."""
     model, images, labels = problem()
-    attack = small(name, ThreatModel(small(name).threat.norm, 0.5))
+    attack = generous(name)
     found = attack(Wrapped(model, before=PoisonedGradient.apply), images, labels, keys=keys_of(6))
     deaf = attack(Wrapped(model, before=lambda x: held_pixel(x)), images, labels, keys=keys_of(6))
     assert_close(found, deaf, rtol=0, atol=1e-6)
@@ -632,14 +631,9 @@ def held_pixel(images: Tensor) -> Tensor:
     return images
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "cw-linf"])  # no library in it
 def test_what_is_no_image_becomes_the_clean_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import foolbox
-    import torchattacks
-
-    if name == "cw-linf":
-        pytest.skip("no library in it") if False else None
-        return
+    foolbox, torchattacks = lending.library("foolbox"), lending.library("torchattacks")
     model, images, labels = problem()
 
     def nonsense(self: Any, *args: Any, **options: Any) -> Tensor:
@@ -747,7 +741,7 @@ def test_fab_leaves_alone_what_is_wrong_already(name: str) -> None:
 
 @pytest.mark.parametrize("name", FABS)
 def test_fab_attacks_the_unconfirmed_on(name: str) -> None:
-    """Where confirm never agrees, every target is tried; who is asked about is wrong, and is asked about by position."""
+    """Where confirm never agrees, every target is tried; who is asked about is wrong, and stands at its position."""
     model, images, labels, distance = linear_problem(small(name).threat.norm)
     threat = ThreatModel(small(name).threat.norm, 3 * distance.max().item())
     asked: list[Tensor] = []

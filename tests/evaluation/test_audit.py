@@ -6,6 +6,7 @@ twin, the same network without the fault, on which the same check must pass. The
 
 import builtins
 import dataclasses
+import io
 import json
 import random
 from pathlib import Path
@@ -13,10 +14,10 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.io import decode_jpeg, encode_jpeg
 
 import robust_peft as rp
 from robust_peft.attacks import FGSM, PGD
@@ -110,9 +111,15 @@ class Jpeg(nn.Module):
         super().__init__()
         self.straight_through = straight_through
 
+    @staticmethod
+    def coded(image):
+        pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+        file = io.BytesIO()
+        Image.fromarray(pixels.numpy()).save(file, "jpeg", quality=75)
+        return torch.from_numpy(numpy.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255
+
     def forward(self, images):
-        pixels = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8)
-        coded = torch.stack([decode_jpeg(encode_jpeg(image, quality=75)) for image in pixels]).to(images) / 255
+        coded = torch.stack([self.coded(image) for image in images.detach()]).to(images)
         return images + (coded - images).detach() if self.straight_through else coded
 
 
