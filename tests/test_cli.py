@@ -23,7 +23,10 @@ BAD = [
     (["--data.name", "imagenet"], "data.name should be one of digits, parquet. Found name = 'imagenet'."),
     (["--data.name", "parquet"], "needs data.train"),
     (["--data.name", "parquet", "--data.train", "nowhere.parquet"], "nowhere.parquet does not exist"),
-    (["--backbone.name", "resnet"], "backbone should be micro_swin, timm/NAME, hf/NAME. Found backbone = 'resnet'."),
+    (
+        ["--backbone.name", "resnet"],
+        "backbone should be micro_swin, timm/NAME, hf/NAME, path/to/module.py:factory. Found backbone = 'resnet'.",
+    ),
     (["--resume"], "holds no run to resume"),
     (["--resume", "--overwrite"], "resume and overwrite exclude each other"),
 ]
@@ -68,7 +71,7 @@ def test_a_preset_without_flags_is_the_preset(flags):
 
 
 def test_another_norm_needs_its_own_budget(tmp_path, capsys):
-    write_json(tmp_path / "config.json", {"config": to_dict(PRESETS["quickstart"])})
+    write_json(tmp_path / "config.json", {"config": to_dict(PRESETS["quickstart"]), "classes": []})
     assert cli.main(["evaluate", str(tmp_path), "--norm", "l2"]) == 2
     assert "--norm l2 needs --eps" in capsys.readouterr().err
 
@@ -96,3 +99,83 @@ def test_every_command_has_help(command, capsys):
 def test_zoo_lists_the_embedded_backbone(capsys):
     assert cli.main(["zoo"]) == 0
     assert "micro_swin" in capsys.readouterr().out
+
+
+# --- any model, any images ---
+
+FACTORY = """
+import torch
+from torch import nn
+
+
+def network(num_classes=10):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
+"""
+
+
+@pytest.fixture
+def own_model(tmp_path):
+    (tmp_path / "mine.py").write_text(FACTORY)
+    return f"{tmp_path / 'mine.py'}:network"
+
+
+def test_evaluate_takes_any_model_and_budgets_and_goes_on(own_model, tmp_path, capsys):
+    flags = ["evaluate", own_model, "--data", "digits", "--limit", "6", "--attacks", "fgsm", "apgd-ce-3", "--eps"]
+    flags += ["0.1", "0.2", "--output", str(tmp_path / "kept")]
+    assert cli.main(flags) == 0
+    first = capsys.readouterr().out
+    assert "fgsm" in first and "L-inf 0.1" in first and "L-inf 0.2" in first and "(n=6)" in first
+    assert (tmp_path / "kept" / "report.json").is_file()
+    lines = (tmp_path / "kept" / "verdicts-0.jsonl").read_bytes()
+    assert cli.main(flags) == 0
+    assert capsys.readouterr().out == first
+    assert (tmp_path / "kept" / "verdicts-0.jsonl").read_bytes() == lines  # nothing was measured twice
+
+
+def test_evaluate_says_when_the_time_limit_came_first(own_model, capsys):
+    assert (
+        cli.main(["evaluate", own_model, "--data", "digits", "--limit", "6", "--eps", "0.1", "--time-limit", "0"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "not finished: 6 of 6 samples to go" in said and "Stopped by the time limit." in said
+
+
+def test_audit_ends_with_status_1_where_a_check_failed(own_model, tmp_path, capsys):
+    flags = ["audit", own_model, "--data", "digits", "--train-data", "digits", "--limit", "8", "--eps", "0.1"]
+    flags += ["--checks", "train images", "train mode", "--output", str(tmp_path / "audit")]
+    assert cli.main(flags) == 1
+    said = capsys.readouterr().out
+    assert "The figure cannot be believed: train images failed" in said
+    assert (tmp_path / "audit" / "audit.json").is_file() and (tmp_path / "audit" / "audit.md").is_file()
+    assert cli.main([*flags, "--checks", "train mode"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["evaluate", "OWN", "--data", "digits"], "Give the budget as --eps, e.g. --eps 8/255"),
+        (["evaluate", "OWN", "--eps", "0.1"], "Name the images as --data"),
+        (["evaluate", "OWN", "--eps", "0.1", "--data", "nowhere"], "nowhere"),
+        (["evaluate", "OWN", "--eps", "0.1", "--data", "digits", "--attacks", "pgd"], "attack should be one of"),
+        (["evaluate", "OWN", "--eps", "0.1", "--data", "digits", "--attacks", "ddn"], "ddn exists for l2 only"),
+        (["evaluate", "OWN", "--eps", "0.1", "--data", "digits", "--attacks", "transfer"], "needs a second model"),
+        (["evaluate", "OWN", "--eps", "0.1", "--data", "digits", "--suite", "all"], "suite should be one of"),
+        (["evaluate", "nothing", "--eps", "0.1", "--data", "digits"], "nothing"),
+        (["audit", "OWN", "--eps", "0.1", "--data", "digits", "--checks", "vibes"], "vibes"),
+        (["audit", "OWN", "--data", "digits"], "Give the budget as --eps"),
+        (["zoo", "animals"], "zoo takes nothing, or attacks"),
+    ],
+)
+def test_mistakes_in_an_evaluation_are_one_line(flags, message, own_model, capsys):
+    assert cli.main([own_model if flag == "OWN" else flag for flag in flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_zoo_lists_every_attack(capsys):
+    from robust_peft.attacks import ENTRIES
+
+    assert cli.main(["zoo", "attacks"]) == 0
+    said = capsys.readouterr().out
+    assert len(ENTRIES) > 15 and all(entry.name in said and entry.source in said for entry in ENTRIES)

@@ -39,6 +39,15 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_the_python_of_the_evaluation_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = blocks(ROOT / "docs" / "evaluation.md", "python")
+    assert found
+    for code in found:
+        exec(compile(code, "evaluation.md", "exec"), {"__name__": "page"})
+    assert "worst case" in capsys.readouterr().out
+
+
 def test_commands_of_the_pages_parse():
     """Each ``robust-peft`` line is parsed by the real parser; a flag that is gone fails here."""
     seen = 0
@@ -53,6 +62,8 @@ def test_commands_of_the_pages_parse():
                     )
                 elif words[:2] == ["robust-peft", "evaluate"]:
                     cli.parse(cli.Evaluate, words[2:])
+                elif words[:2] == ["robust-peft", "audit"]:
+                    cli.parse(cli.Audited, words[2:])
                 else:
                     continue
                 seen += 1

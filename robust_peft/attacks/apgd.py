@@ -34,7 +34,7 @@ class APGD:
         objective: "ce", "dlr", "margin" or "kl" (`robust_peft.objectives`). Where the DLR is undefined (fewer than 3
             classes, targeted fewer than 4), "margin" stands in for "dlr". None: the training loss's own inside a
             `Trainer`, else "ce".
-        steps: Number of steps; each run has one forward more, for the start.
+        steps: Number of steps. A run takes one forward more, because the image after the last step is classified too.
         restarts: Independent runs from random starts, for each target where there are targets.
         targeted: A run towards each of the classes with the highest clean logits other than the label, in that order,
             or towards the ``targets`` of the call alone. Any wrong class counts as fooled.
@@ -81,12 +81,10 @@ class APGD:
             raise ValueError(f"num_targets should come with targeted=True. Found num_targets = {self.num_targets}.")
 
     def __str__(self) -> str:
-        name = (
-            f"{'T-' if self.targeted else ''}APGD{f'-{self.objective.upper()}' if self.objective else ''}-{self.steps}"
-        )
-        name += f" x{self.restarts}" if self.restarts > 1 else ""
-        name += f" eot {self.eot}" if self.eot > 1 else ""
-        return f"{name} {self.threat}"
+        objective = f"-{self.objective.upper()}" if self.objective else ""
+        restarts = f" x{self.restarts}" if self.restarts > 1 else ""
+        passes = f" eot {self.eot}" if self.eot > 1 else ""
+        return f"{'T-' if self.targeted else ''}APGD{objective}-{self.steps}{restarts}{passes} {self.threat}"
 
     def __call__(
         self,
@@ -134,7 +132,7 @@ class APGD:
 
         ``objective`` stands in where the attack itself names none; a `Trainer` hands its loss's here. ``confirm``
         (`attacks.victim`) decides who is fooled among those that ``model`` gets wrong, the others are attacked on;
-        with ``early_stop=False`` it is given the whole batch.
+        with ``early_stop=False`` it is given the whole batch, and answers are waited for.
         """
         name = self.objective or objective or "ce"
         get_objective(name)
@@ -374,7 +372,8 @@ class _Climb:
         """At a checkpoint: who has had no more than ``enough`` rises, or gained nothing since a checkpoint that left
         the step size alone, halves it and goes on from the best image (conditions 1 and 2 of the paper).
 
-        Momentum and the next comparison still refer to where the sample was, as in the official implementation.
+        As in the official implementation, "no more than" (the paper: less than), and momentum and the next comparison
+        still refer to where the sample was.
         """
         halve = (self.rises <= enough) | (~self.halved & (self.best_at_checkpoint >= self.best_objective))
         self.step_size = torch.where(halve, self.step_size / 2, self.step_size)

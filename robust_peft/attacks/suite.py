@@ -66,7 +66,7 @@ ENTRIES = (
     AttackEntry("t-pgd-K", "the same towards each of T classes", BOTH, "white", "T * (K + 1) + 1", "T * K",
                 "Madry et al. 2018, arXiv:1706.06083", "robust_peft", "K@", aliases=("t-pgd-l2-K",)),
     AttackEntry("mifgsm", "signed steps with momentum", ("linf",), "white", "K", "K",
-                "Dong et al. 2018, arXiv:1710.06081", "torchattacks", "K@", 10, ("mi-fgsm",)),
+                "Dong et al. 2018, arXiv:1710.06081", "foolbox", "K@", 10, ("mi-fgsm",)),
     AttackEntry("apgd-ce", "Auto-PGD on the cross-entropy", BOTH, "white", "K + 1", "K", APGD_SOURCE, "robust_peft",
                 "Kx", 100, ("autopgd", "autopgd-ce", "autopgd-l2")),
     AttackEntry("apgd-dlr", "Auto-PGD on the difference of logits ratio", BOTH, "white", "K + 1", "K", APGD_SOURCE,

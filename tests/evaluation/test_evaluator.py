@@ -1,7 +1,9 @@
 """The evaluator: verdicts are counted over samples, and nothing but a confirmed success counts against the model."""
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -448,3 +450,74 @@ def test_rounding_outside_the_box_is_accepted_and_more_is_refused():
     beyond = ImageSet(images, data.labels, data.classes, "noise")
     with pytest.raises(ValueError, match="normalisation belongs inside the model"):
         rp.evaluate(three_classes(), beyond, [THREAT], ["fgsm"])
+
+
+# --- what is the caller's stays as it was ---
+
+EVERY = {
+    "linf": ["fgsm", "pgd-2x2", "t-pgd-2", "mifgsm-2", "apgd-ce-3", "apgd-dlr-3", "t-apgd-ce-3", "t-apgd-dlr-3", "fab-2",
+             "t-fab-2", "square-5", "autoattack-2", "autoattack-rand-2", "cw-2", "transfer-3"],
+    "l2": ["cw-2", "ddn-2", "t-fab-2", "square-5"],
+}  # fmt: skip
+
+
+class Dropping(nn.Module):
+    """Half in train mode, half frozen, with a gradient of its own; raises in its so many-th forward pass."""
+
+    def __init__(self, raise_at=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.drop, self.second = nn.Linear(48, 16), nn.Dropout(0.5), nn.Linear(16, 3)
+        self.drop.eval()
+        self.second.requires_grad_(False)
+        self.first.weight.grad = torch.ones_like(self.first.weight)
+        self.left = raise_at
+
+    def forward(self, images):
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise ZeroDivisionError("the model's own mistake")
+        return self.second(self.drop(self.first(images.flatten(1)).tanh()))
+
+
+def state_of(model):
+    parameters = [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    return modes, parameters, torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+
+
+def same(one, other):
+    grads = [(a, b) for (_, a), (_, b) in zip(one[1], other[1], strict=True)]
+    return (
+        one[0] == other[0]
+        and [flag for flag, _ in one[1]] == [flag for flag, _ in other[1]]
+        and all((a is None and b is None) or torch.equal(a, b) for a, b in grads)
+        and torch.equal(one[2], other[2])
+        and (one[3] == other[3]).all()
+        and one[4] == other[4]
+        and not torch.is_inference_mode_enabled()
+        and torch.is_grad_enabled()
+    )
+
+
+@pytest.mark.parametrize(("norm", "attack"), [(norm, name) for norm, names in EVERY.items() for name in names])
+@pytest.mark.parametrize("raising", [False, True])
+def test_model_and_random_states_are_left_as_they_were(norm, attack, raising):
+    model, source = Dropping(3 if raising else None), Dropping(0 if raising and "transfer" in attack else None)
+    before = [state_of(model), state_of(source)]
+    arguments = (model, noise(8), [rp.ThreatModel(norm, 0.05)], [attack])
+    if raising:
+        with pytest.raises(ZeroDivisionError, match="the model's own mistake"):
+            rp.evaluate(*arguments, transfer_from=source)
+    else:
+        rp.evaluate(*arguments, transfer_from=source)
+    assert same(before[0], state_of(model)) and same(before[1], state_of(source))
+
+
+def test_every_attack_is_among_those():
+    from robust_peft.attacks import ENTRIES
+    from robust_peft.attacks.suite import parse_attack_name
+
+    tried = {parse_attack_name(name).entry.name for names in EVERY.values() for name in names}
+    assert tried == {entry.name for entry in ENTRIES} - {"clean"}
