@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,9 @@ def plot_curve(
     return _save(figure, path)
 
 
-def plot_panels(panels: dict[str, dict[str, Sequence[float]]], path: str | Path, *, x_label: str, title: str) -> Path:
+def plot_panels(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, *, x_label: str, title: str
+) -> Path:
     """Draw named lines over the steps 0, 1, 2, ... in panels one above another that share them.
 
     Args:
@@ -150,7 +152,7 @@ def plot_panels(panels: dict[str, dict[str, Sequence[float]]], path: str | Path,
 
 
 def plot_accuracies(
-    series: dict[str, Sequence[tuple[float, Accuracy]]],
+    series: Mapping[str, Sequence[tuple[float, Accuracy]]],
     path: str | Path,
     *,
     x_label: str,

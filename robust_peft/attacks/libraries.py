@@ -237,7 +237,8 @@ class CarliniWagner(LibraryAttack):
         self, model: nn.Module, images: Tensor, labels: Tensor, keys: Tensor, confirm: Confirm | None
     ) -> Tensor:
         if self.threat.norm == "linf":
-            return PGD(self.threat, self.steps, objective="margin").perturb(model, images, labels, keys=keys)
+            pgd = PGD(self.threat, self.steps, objective="margin")
+            return pgd.perturb(model, images, labels, keys=keys, confirm=confirm)
         attack = library("foolbox").attacks.L2CarliniWagnerAttack(
             binary_search_steps=self.binary_search_steps or 9,
             steps=self.steps,

@@ -7,6 +7,7 @@ what it passes has withstood the attacks that it names, and an attack made for t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from robust_peft.attacks import as_victim
 from robust_peft.attacks.lending import held
 from robust_peft.attacks.suite import check_attack_name
 from robust_peft.evaluation.checks import FAILED, NOT_RUN, PASSED, QUESTIONS, WARNING, Bench, Check
-from robust_peft.evaluation.checks.finding import Finding
 from robust_peft.evaluation.checks.strength import CURVE_STEPS
 from robust_peft.evaluation.precision import plain_float32
 from robust_peft.evaluation.report import Report
@@ -31,6 +31,7 @@ from robust_peft.processes import process_state
 from robust_peft.results import Accuracy
 from robust_peft.threat import ThreatModel
 
+NOT_ASKED = "It was not asked for."
 STEPS_PICTURE, BUDGETS_PICTURE = "loss_against_step.png", "accuracy_against_budget.png"
 
 
@@ -50,7 +51,8 @@ class Audit:
     clean: Accuracy
     """Without an attack."""
     figure: Accuracy | None
-    """Under the audited attack; None where it raised an exception, or the images lie outside the box."""
+    """Under the audited attack; None where the model raised an exception, the images lie outside the box, or no check
+    was asked for that is about an attack."""
     lowest: Accuracy
     """What all attacks of the audit within the budget leave together: the accuracy is no higher than this."""
     checks: list[Check] = field(default_factory=list)
@@ -106,7 +108,7 @@ class Audit:
         lines += [f"  {'without an attack':<{width}}  {self.clean}", f"  {self.attack:<{width}}  {figure}"]
         lines += [f"  {'whole audit':<{width}}  {self.lowest}", ""]
         lines += [f"  {check.name:<{width}}  {check.status}" for check in self.checks] + [""]
-        lines += [f"{check.name} ({check.status}): {check.evidence}" for check in self.checks]
+        lines += [f"{c.name} ({c.status}): {c.evidence}" for c in self.checks if c.evidence != NOT_ASKED]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,11 +188,11 @@ class Audit:
             plot_panels(panels, folder / STEPS_PICTURE, x_label="step", title=title)
             lines += [f"![Loss, margin and accuracy against the attack's step]({STEPS_PICTURE})", ""]
         if self.budgets:
-            name = f"PGD-{CURVE_STEPS}"
+            name, norm = f"PGD-{CURVE_STEPS}", str(self.threat).rsplit(" ", 1)[0]
             plot_accuracies(
                 {name: self.budgets},
                 folder / BUDGETS_PICTURE,
-                x_label=f"budget ({self.threat.norm}, pixels in [0, 1])",
+                x_label=f"budget ({norm}, pixels in [0, 1])",
                 title=self.data,
                 mark=self.threat.eps,
             )
@@ -210,8 +212,8 @@ class Audit:
         for check in self.checks:
             lines += [f"**{check.name}.** {check.question} {check.threshold} ({check.source}.)", ""]
         lines += [
-            "A figure that passes has withstood these attacks and no others: an attack that is made for this model alone "
-            f"may do better. Seed {self.seed}; {self.forwards} images went forwards and {self.backwards} backwards."
+            "A figure that passes has withstood these attacks and no others: one that is made for this model alone may "
+            f"do better. Seed {self.seed}; {self.forwards} images went forwards and {self.backwards} backwards."
         ]
         return lines
 
@@ -261,6 +263,7 @@ def audit(
     Raises:
         ValueError: For an empty dataset, labels outside the classes, an unknown attack or check, an attack under
             another threat model, a budget of 0, or a report of other samples or another model.
+        KeyError: If the report has no such attack.
     """
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     title = str(name or getattr(dataset, "name", type(dataset).__name__))
@@ -274,47 +277,50 @@ def audit(
     images, labels = _fetch(dataset, total, device, torch.float64 if double else torch.float32)
     in_box = _in_box(images)
     train_mode = tuple((module, type(m).__name__) for module, m in model.named_modules() if m.training)
-    other = as_victim(transfer_from) if transfer_from is not None else as_victim(nn.Identity())
+    other = nullcontext() if transfer_from is None else as_victim(transfer_from)
     with torch.inference_mode(False), held(model, device), other, plain_float32():
-        torch.manual_seed(seed)  # of a model with randomness of its own; the caller's state comes back
+        # For a model with randomness of its own. Not torch.manual_seed, which reaches devices whose state is not kept.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         bench = Bench(
             model, threat, images.clamp(0, 1) if in_box else images, labels,
             keyed_random.sample_keys(seed, 0, torch.arange(total, device=device)), batch_size, attack,
             transfer_from=transfer_from, train_data=train_data, train_mode=train_mode, in_box=in_box,
         )  # fmt: skip
+        bench.parts()  # a name without what it needs is an error at once
         bench.reported = None if report is None else _reported(report, bench)
         found = []
         asked = [q for q in QUESTIONS if checks is None or q.name in checks]
         with tqdm(total=len(asked), unit="check", disable=not progress) as bar:
             for question in QUESTIONS:
                 if question not in asked:
-                    skipped = Finding(NOT_RUN, "It was not asked for.")
-                    source = (question.threshold, question.source)
-                    found.append(Check(question.name, question.text, skipped.status, skipped.evidence, *source))
+                    rule = (question.threshold, question.source)
+                    found.append(Check(question.name, question.text, NOT_RUN, NOT_ASKED, *rule))
                     continue
                 bar.set_description(question.name)
                 found.append(question.answer(bench))
                 bar.update()
-        result = _conclude(bench, title, seed, found)
+        # The figure is measured along with anything that is about an attack.
+        figure = bench.in_box and any(question.attacks for question in asked)
+        result = _conclude(bench, title, seed, found, figure)
     if output is not None and process_state().is_main_process:
         result.write(output)
     return result
 
 
-def _conclude(bench: Bench, title: str, seed: int, found: list[Check]) -> Audit:
-    """The figures and curves; an exception of the model has been reported by the checks by now."""
-    figure, steps, budgets = None, {}, []
-    if bench.in_box:
-        try:
+def _conclude(bench: Bench, title: str, seed: int, found: list[Check], measure_figure: bool) -> Audit:
+    """The figures and curves, as far as they were measured."""
+    figure, steps = None, {}
+    if measure_figure:
+        with suppress(Exception):  # what the model raises under the attack has been said by the checks by now
             figure = Accuracy(int(bench.audited()[0].sum()), bench.total)
-        except Exception:  # noqa: S110 - the checks say which
-            pass
-        for objective in ("ce", bench.scale_free):
-            trace = bench.known(f"trace {objective} 1.0")
-            if trace is not None:
-                steps[objective] = {"ce": trace.ce, "margin": trace.margin, "standing": trace.standing}
-        curve = bench.known("budget curve") or []
-        budgets = [(eps, Accuracy(int(standing.sum()), bench.total)) for eps, standing in curve]
+    for objective in ("ce", bench.scale_free):
+        trace = bench.known(f"trace {objective} 1.0")
+        if trace is not None:
+            steps[objective] = {"ce": trace.ce, "margin": trace.margin, "standing": trace.standing}
+    curve = bench.known("budget curve") or []
+    budgets = [(eps, Accuracy(int(standing.sum()), bench.total)) for eps, standing in curve]
     return Audit(
         title,
         bench.threat,

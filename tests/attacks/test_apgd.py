@@ -778,14 +778,15 @@ def test_what_is_no_number_does_no_harm(norm: str, where: str, value: float, nam
             assert torch.equal(adv_images[1::2], start[1::2])
 
 
-def test_pixels_without_a_gradient_stay_and_the_others_go_on() -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_pixels_without_a_gradient_stay_and_the_others_go_on(value: float) -> None:
     model, images, labels = linear((5, 3, 2, 2))
 
     class Half(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             images = images * 1
             if images.requires_grad:
-                images.register_hook(lambda grad: grad.index_fill(3, torch.tensor([0]), torch.nan))
+                images.register_hook(lambda grad: grad.index_fill(3, torch.tensor([0]), value))
             return model(images)
 
     threat, keys = ThreatModel("linf", 0.2), keys_of(5)
@@ -794,6 +795,12 @@ def test_pixels_without_a_gradient_stay_and_the_others_go_on() -> None:
     start = threat.random_start(images, derive(keys, 0, 0))
     assert torch.equal(adv_images[..., 1], optimum[..., 1])
     assert torch.equal(adv_images[..., 0], start[..., 0])
+    # In L2 too, where they share the step: half of the pixels alone reach what a ball in them can.
+    threat = ThreatModel("l2", 0.2, box=None)
+    adv_images = APGD(threat, "margin", steps=20, early_stop=False)(Half(), images, labels, keys=keys)
+    direction = direction_to(model, images, labels, 1 - labels)[..., 1]
+    best = images[..., 1] + 0.2 * direction / per_row(direction.flatten(1).norm(dim=1), direction)
+    assert_close(adv_images[..., 1], best, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", NORMS)

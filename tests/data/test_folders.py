@@ -151,8 +151,9 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 def test_palette_with_transparency(tmp_path: Path) -> None:
     """Pillow warns of it; here warnings are errors."""
     (tmp_path / "x" / "a").mkdir(parents=True)
-    picture = Image.new("RGB", (4, 4), (10, 20, 30)).quantize(2)
-    picture.save(tmp_path / "x" / "a" / "one.png", transparency=bytes([0, 128]))
+    picture = Image.new("P", (4, 4), 1)
+    picture.putpalette([0, 0, 0, 10, 20, 30, 40, 50, 60])
+    picture.save(tmp_path / "x" / "a" / "one.png", transparency=bytes([0, 128, 200]))
     assert load_images(tmp_path / "x")[0][0][:, 0, 0].tolist() == [10, 20, 30]
 
 

@@ -5,7 +5,9 @@ twin, the same network without the fault, on which the same check must pass. The
 """
 
 import builtins
+import copy
 import dataclasses
+import importlib
 import io
 import json
 import random
@@ -22,14 +24,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import robust_peft as rp
 from robust_peft.attacks import FGSM, PGD
 from robust_peft.data import ImageSet
-from robust_peft.evaluation import audit as audit_module
-from robust_peft.evaluation.audit import Audit, audit
+from robust_peft.evaluation import Audit, audit
 from robust_peft.evaluation.checks import QUESTIONS
 from robust_peft.evaluation.checks.finding import STATUSES
 from robust_peft.results import Accuracy
 
+audit_module = importlib.import_module("robust_peft.evaluation.audit")  # as an attribute that name is the function
 THREAT = rp.ThreatModel("linf", 0.1)
-# 8x8 digits of a toy problem would do for the arithmetic; masking shows on something that learned edges.
 COUNT = 64
 CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10" / "test.parquet"
 
@@ -199,8 +200,8 @@ def test_the_same_check_passes_without_the_fault(check, undefended, test_set):
 
 
 def test_the_audit_fires_on_batch_statistics(digits, with_running_statistics, test_set):
-    on_batches = trained(seeded("batch"), digits.train)
-    found = audit(on_batches, test_set, THREAT)
+    on_batches = trained(seeded("batch"), digits.train, epochs=1)
+    found = audit(on_batches, test_set, THREAT, limit=24)
     assert "batch company" in [c.name for c in found.failed]
     assert found["wrong gradients"].status == "not run"  # nobody's gradient is its own there
     assert audit(with_running_statistics, test_set, THREAT, checks=["batch company"]).failed == []
@@ -276,27 +277,20 @@ def test_few_train_images_are_a_warning_and_other_sizes_are_said(digits, undefen
 
 
 def test_the_audit_fires_on_an_attack_that_is_not_done(undefended, test_set):
-    found = audit(undefended, test_set, THREAT, attack="fgsm", checks=["more steps or restarts"])
+    found = audit(undefended, test_set, THREAT, attack="pgd-10@0.002", checks=["more steps or restarts"])
     assert [c.name for c in found.failed] == ["more steps or restarts"]
     args = (undefended, test_set, THREAT)
     assert audit(*args, attack="pgd-20", checks=["more steps or restarts"])["more steps or restarts"].status == "passed"
 
 
-@pytest.mark.parametrize(
-    ("mean", "std"),
-    [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3), ((0.0,) * 3, (1 / 255,) * 3)],
-)
-def test_the_audit_fires_on_normalisation_outside_the_model(digits, test_set, mean, std):
+@pytest.mark.parametrize(("mean", "std"), [((0.5,) * 3, (0.5,) * 3), ((0.0,) * 3, (1 / 255,) * 3)])
+def test_the_audit_fires_on_normalisation_outside_the_model(digits, mean, std):
+    data = digits.test.subset(torch.arange(150), "digits")
     inside = rp.Normalized(seeded(), mean, std)
-    trained(inside, digits.train)
-    found = audit(inside.backbone, test_set, THREAT, checks=["normalisation"])
-    sound = audit(inside, test_set, THREAT, checks=["normalisation"])
-    assert sound["normalisation"].status == "passed"
-    # A network of ReLUs is nearly indifferent to the scale of its input, so that 0 to 1 may do for 0 to 255.
-    if found.clean.accuracy < sound.clean.accuracy - 0.2:
-        assert [c.name for c in found.failed] == ["normalisation"]
-    else:
-        assert std[0] == 1 / 255
+    trained(inside, digits.train, epochs=1)
+    found = audit(inside.backbone, data, THREAT, checks=["normalisation"])
+    assert [c.name for c in found.failed] == ["normalisation"]
+    assert audit(inside, data, THREAT, checks=["normalisation"])["normalisation"].status == "passed"
 
 
 def test_normalised_images_are_a_fault_and_not_attacked(undefended, test_set):
@@ -359,8 +353,22 @@ def test_silent_on_an_undefended_network(digits, undefended, test_set, threat):
     assert found.verdict == f"No check failed ({len(QUESTIONS)} passed, 0 warnings, 0 not run)."
 
 
-def test_silent_with_running_statistics(digits, with_running_statistics, test_set):
-    assert audit(with_running_statistics, test_set, THREAT, train_data=digits.train).failed == []
+def test_silent_on_the_network_trained_on_digits_adversarially(mnist_convnet, digits):
+    found = audit(mnist_convnet, digits.test, rp.ThreatModel("linf", 0.3), limit=40, train_data=digits.train)
+    assert found.failed == [] and found.not_run == [], found
+
+
+@pytest.mark.slow
+def test_silent_on_the_network_trained_on_digits_adversarially_at_length(mnist_convnet, digits):
+    """Its warning is a true one, of the audited attack: one start of PGD-20 is not all that gradients can do here.
+
+    Square breaks a few samples that it left standing; so do more steps and further starts, and more of them.
+    """
+    found = audit(mnist_convnet, digits.test, rp.ThreatModel("linf", 0.3), train_data=digits.train)
+    assert found.failed == [] and found.not_run == [], found
+    assert {check.name for check in found.warnings} <= {"black box"}, found
+    gained = found["more steps or restarts"].numbers
+    assert gained["audited"] - gained["both"] >= found["black box"].numbers["broken_beyond"]
 
 
 def test_silent_on_the_embedded_backbone_where_it_is_right(digits):
@@ -474,12 +482,11 @@ def test_output_is_written(undefended, test_set, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_audit_whatever_the_batches(undefended, test_set):
-    """Verdicts of 24 samples; two may differ by float32's rounding, which the batch size changes."""
+    """In float64, where no verdict hangs on the rounding that the batch size changes."""
     args = (undefended.double(), test_set, THREAT)
     try:
         first, again, smaller = (
-            audit(*args, limit=24, seed=1, batch_size=b, checks=["single step", "black box", "large budget"])
-            for b in (24, 24, 7)
+            audit(*args, limit=12, seed=1, batch_size=b, checks=["single step", "black box"]) for b in (12, 12, 5)
         )
     finally:
         undefended.float()
@@ -492,9 +499,10 @@ def test_the_same_seed_gives_the_same_audit_whatever_the_batches(undefended, tes
 
 
 def test_a_reports_verdicts_are_audited(undefended, test_set):
-    report = rp.evaluate(undefended, test_set, [THREAT], ["fgsm"])
-    found = audit(undefended, test_set, THREAT, attack="fgsm", report=report, checks=["more steps or restarts"])
-    assert found.figure == report[THREAT, "fgsm"]
+    name = "pgd-10@0.002"
+    report = rp.evaluate(undefended, test_set, [THREAT], [name])
+    found = audit(undefended, test_set, THREAT, attack=name, report=report, checks=["more steps or restarts"])
+    assert found.figure == report[THREAT, name]
     assert [c.name for c in found.failed] == ["more steps or restarts"]
 
 
@@ -639,11 +647,20 @@ def test_one_sample_and_no_right_one(undefended, test_set):
     assert none.clean.correct == 0 and none["zero gradients"].status == "not run"
 
 
-def test_half_precision(undefended, test_set):
-    import copy
+class Autocast(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
-    model = copy.deepcopy(undefended).to(torch.bfloat16)
-    found = audit(model, test_set, THREAT, limit=32)
+    def forward(self, images):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(images)
+
+
+@pytest.mark.parametrize("kind", ["weights", "autocast"])
+def test_half_precision(undefended, test_set, kind):
+    model = copy.deepcopy(undefended).to(torch.bfloat16) if kind == "weights" else Autocast(undefended).eval()
+    found = audit(model, test_set, THREAT, limit=24)
     assert found.failed == [], found
     assert found["wrong gradients"].status == "not run"
 
@@ -663,6 +680,7 @@ def test_a_loaders_dataset_is_taken_and_the_progress_is_shown(undefended, test_s
         ({"checks": ["reech"]}, "checks should be names out of randomised outputs, .*Found reech"),
         ({"attack": "pgd"}, "attack should be one of"),
         ({"attack": "clean"}, "nothing to audit"),
+        ({"attack": "transfer"}, "needs a second model"),
         ({"attack": 3}, "a method perturb"),
         ({"attack": PGD(rp.ThreatModel("linf", 0.2))}, "attack should be one under L-inf 0.1. Found L-inf 0.2"),
         ({"threat": rp.ThreatModel("linf", 0)}, "budget should be above 0"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from robust_peft.evaluation.checks import bench, gradients, outputs, samples, strength
 from robust_peft.evaluation.checks.bench import Bench
-from robust_peft.evaluation.checks.finding import FAILED, NOT_RUN, PASSED, STATUSES, WARNING, Check, Finding
+from robust_peft.evaluation.checks.finding import FAILED, NOT_RUN, PASSED, STATUSES, WARNING, Check, Finding, said
 
 __all__ = ["Bench", "Check", "FAILED", "Finding", "NOT_RUN", "PASSED", "QUESTIONS", "Question", "STATUSES", "WARNING"]
 
@@ -35,7 +35,7 @@ class Question:
             try:
                 finding = self.measure(on)
             except Exception as error:
-                finding = Finding(NOT_RUN, f"{type(error).__name__}: {error}")
+                finding = Finding(NOT_RUN, said(error))
         return Check(
             self.name, self.text, finding.status, finding.evidence, self.threshold, self.source, finding.numbers
         )  # fmt: skip
@@ -96,8 +96,8 @@ QUESTIONS: tuple[Question, ...] = (
         "saturated cross-entropy",
         "Does cross-entropy break what objectives without a scale break?",
         f"A stronger DLR (margin, for two classes) or cross-entropy on rescaled logits {_GAIN}. Fails also if "
-        f"cross-entropy alone has a zero gradient on more than {_percent(gradients.UNUSABLE_SHARE)} of the samples. Only "
-        "a warning where the audited attack does not suffer from it.",
+        f"cross-entropy alone has a zero gradient on more than {_percent(gradients.UNUSABLE_SHARE)} of the samples. "
+        "Only a warning where the audited attack does not suffer from it.",
         f"{CROCE}, section 4; {CARLINI}, section 4.7",
         gradients.saturated_cross_entropy,
     ),
@@ -138,8 +138,9 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "black box",
         "Are attacks with gradients stronger than those without?",
-        f"Fails if Square, noise or transfer break {_percent(strength.BLACK_BOX_FAILED)} of the samples that the audited "
-        f"attack did not and {_RESOLVED} resolves it; more than {_percent(strength.BLACK_BOX_WARNING)} are a warning.",
+        f"Fails if Square, noise or transfer break {_percent(strength.BLACK_BOX_FAILED)} of the samples that the "
+        f"audited attack did not and {_RESOLVED} resolves it; more than "
+        f"{_percent(strength.BLACK_BOX_WARNING)} are a warning.",
         f"{CARLINI}, sections 4.4, 4.5, 4.11 and 5.4; {ATHALYE}, section 3.1; {CROCE}",
         strength.black_box,
     ),

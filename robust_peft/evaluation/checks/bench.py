@@ -33,6 +33,7 @@ LEAST_RIGHT = 8
 CLEAR_GAIN = 0.10
 # Steps of the attacks whose every step is recorded: twice the usual 20, where Madry et al. 2018 no longer gain.
 TRACED_STEPS = 40
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Bench:
     """Of the model's weights."""
     coupled: bool = False
     """Whether a BatchNorm without running statistics lets the samples of a batch depend on each other."""
+    half_answers: bool = False
+    """Whether the model's logits came in half precision."""
     detached: bool = False
     """Whether the model cut the graph between its input and its output."""
     in_box: bool = True
@@ -90,7 +93,7 @@ class Bench:
         parameter = next(iter(self.own_model.parameters()), None)
         if parameter is not None:
             self.own_dtype = parameter.dtype
-        half = self.own_dtype in (torch.float16, torch.bfloat16)
+        half = self.own_dtype in HALF
         self.model = Counted(_Joined(self, OwnPrecision(self.own_model, self.own_dtype) if half else self.own_model))
         # The wrappers' own flags; the model's are the caller's to hold.
         self.model.training = self.model.model.training = False
@@ -112,8 +115,8 @@ class Bench:
 
     @property
     def half(self) -> bool:
-        """Whether the model computes in half precision, as far as its weights say."""
-        return self.own_dtype in (torch.float16, torch.bfloat16)
+        """Whether the model computes in half precision, as far as its weights and its answers say."""
+        return self.half_answers or self.own_dtype in HALF
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """What ``measure`` returns, measured at the first call; an exception is kept and raised again."""
@@ -139,7 +142,7 @@ class Bench:
         with torch.no_grad():
             return torch.cat([self.model(part) for part in images.split(self.batch_size)])
 
-    def gradients(self, images: Tensor, labels: Tensor, objective: Callable[[Tensor], Tensor] | str) -> Tensor:
+    def gradients(self, images: Tensor, labels: Tensor, objective: Callable[[Tensor, Tensor], Tensor] | str) -> Tensor:
         """Gradient of each sample's objective at its own pixels, of the shape of ``images``; as it is, NaN included.
 
         Args:
@@ -318,7 +321,9 @@ class _Joined(nn.Module):
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
             found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"The model should return logits of shape [{len(images)}, K]. Found {found}.")
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if logits.dtype in HALF:  # weights in float32, but an autocast of its own
+            self._bench.half_answers = True
+            logits = logits.float()
         if torch.is_grad_enabled() and images.requires_grad and not logits.requires_grad:
             self._bench.detached = True
             logits = logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)

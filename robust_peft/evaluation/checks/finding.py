@@ -45,3 +45,9 @@ class Check:
 def gravest(*statuses: str) -> str:
     """The status that a reader has to be told of first."""
     return min(statuses, key=STATUSES.index)
+
+
+def said(error: Exception) -> str:
+    """An exception as a sentence: its kind and its first line."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}."

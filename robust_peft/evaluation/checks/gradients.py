@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robust_peft import keyed_random
 from robust_peft.evaluation.checks.bench import LEAST_RIGHT, Bench, clean_margins
-from robust_peft.evaluation.checks.finding import FAILED, NOT_RUN, PASSED, WARNING, Finding, gravest
+from robust_peft.evaluation.checks.finding import FAILED, NOT_RUN, PASSED, WARNING, Finding, gravest, said
 from robust_peft.evaluation.checks.outputs import depends_on_company, is_random
 from robust_peft.keyed_random import name_key
 
@@ -73,7 +73,7 @@ def zero_gradients(bench: Bench) -> Finding:
     except RuntimeError as error:
         return Finding(
             FAILED,
-            f"No gradient can be computed ({type(error).__name__}: {error}); an attack that needs one says nothing.",
+            f"No gradient can be computed, so that an attack that needs one says nothing. {said(error)}",
         )
     without = int((~usable["ce"] & ~usable["margin"]).sum())
     numbers = {"samples": count, "without_gradient": without, "graph_is_cut": bench.detached}
@@ -88,7 +88,7 @@ def zero_gradients(bench: Bench) -> Finding:
 
 def wrong_gradients(bench: Bench) -> Finding:
     if bench.half:
-        return Finding(NOT_RUN, f"Steps this short are lost in {bench.own_dtype}.")
+        return Finding(NOT_RUN, "The model computes in half precision, where steps this short are lost.")
     if is_random(bench):
         return Finding(NOT_RUN, "The outputs are random, and their noise is larger than the step's effect.")
     if depends_on_company(bench):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from robust_peft.evaluation.checks.bench import Bench, first, plain, relative_difference
-from robust_peft.evaluation.checks.finding import FAILED, NOT_RUN, PASSED, WARNING, Finding
+from robust_peft.evaluation.checks.finding import FAILED, NOT_RUN, PASSED, WARNING, Finding, said
 
 # Passes of one batch. Additive noise shows in the second one; four also show a coin that falls the same way often.
 REPEATS = 4
@@ -69,7 +69,7 @@ def company(bench: Bench) -> tuple[float, str]:
             alone = torch.cat([ask(image) for image in images[:ALONE].split(1)])
             found.append((relative_difference(together[:ALONE], alone), "alone"))
         except (ValueError, RuntimeError) as error:  # BatchNorm on batch statistics refuses a batch of one
-            found.append((float("inf"), f"alone, where the model raises {type(error).__name__}: {error}"))
+            found.append((float("inf"), f"alone, where the model raises an error ({said(error).rstrip('.')})"))
         return max(found)
 
     return bench.once("company", measure)

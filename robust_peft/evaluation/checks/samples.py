@@ -37,9 +37,9 @@ def normalisation(bench: Bench) -> Finding:
     if not bench.in_box:
         return Finding(
             FAILED,
-            f"Pixels go from {lowest:.3g} to {highest:.3g}, the box from {box[0]:g} to {box[1]:g}: they were normalised "
-            "before they came. An attack on them stops at the wrong box, and its budget is in other units; put the "
-            "normalisation inside the model (robust_peft.models.Normalized).",
+            f"Pixels go from {lowest:.3g} to {highest:.3g}, the box from {box[0]:g} to {box[1]:g}: they were "
+            "normalised before they came. An attack on them stops at the wrong box, and its budget is in other units; "
+            "put the normalisation inside the model (robust_peft.models.Normalized).",
             {"lowest": lowest, "highest": highest},
         )
     channels = images.shape[1]

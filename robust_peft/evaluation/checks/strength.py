@@ -32,7 +32,7 @@ LARGE_ACCURACY = 0.05
 # Points by which accuracy may rise with the budget: a larger ball holds the smaller one, so it should not rise at all,
 # but every budget's attack is another search.
 RISE = 0.05
-BUDGETS = (0.25, 0.5, 1, 2, 4)
+BUDGETS = (0.25, 0.5, 1, 1.5, 2, 4)
 CURVE_STEPS = 20
 
 # Queries of Square. In some hundreds it does not come near to what gradients do in twenty steps, so that whatever it
@@ -102,7 +102,7 @@ def more_steps_or_restarts(bench: Bench) -> Finding:
 
 def _longer(attack: Any, bench: Bench) -> tuple[Any, str]:
     """The attack with more of what it iterates, and that in words; another one where it cannot be told."""
-    fields = {f.name for f in dataclasses.fields(attack)} if dataclasses.is_dataclass(attack) else set()
+    fields = getattr(attack, "__dataclass_fields__", {})
     for name in ("steps", "queries"):
         if name in fields:
             own = getattr(attack, name)
@@ -113,8 +113,6 @@ def _longer(attack: Any, bench: Bench) -> tuple[Any, str]:
 
 def _with_a_start(attack: Any) -> Any:
     """The attack with a random start, so that trying again is not repeating; None where it has none."""
-    if not dataclasses.is_dataclass(attack):
-        return attack
     if getattr(attack, "random_start", True):
         return attack
     try:
@@ -234,8 +232,8 @@ def accuracy_at_a_large_budget(bench: Bench) -> Finding:
             status = gravest(status, found)
             rises.append(f"accuracy rises by {100 * gain:.0f} points from {at:.3g} to {budget:.3g}")
     evidence = (
-        f"At {threat}, where every image can be made plain grey, PGD on cross-entropy leaves {bench.share(left)} samples "
-        f"standing, and a second try on {bench.scale_free} {bench.share(unbroken)}"
+        f"At {threat}, where every image can be made plain grey, PGD on cross-entropy leaves {bench.share(left)} "
+        f"samples standing, and a second try on {bench.scale_free} {bench.share(unbroken)}"
     )
     evidence += f"; {', '.join(rises)}." if rises else "; accuracy does not rise with the budget."
     numbers = {
@@ -268,8 +266,8 @@ def black_box(bench: Bench) -> Finding:
         status = WARNING if gain > BLACK_BOX_WARNING else PASSED
     each = ", ".join(f"{name} {int(broken.sum())}" for name, broken in found.items())
     evidence = (
-        f"Of the {bench.share(audited)} samples that withstand {bench.attack_name}, attacks without its gradients break "
-        f"{int(beyond.sum())} ({each})."
+        f"Of the {bench.share(audited)} samples that withstand {bench.attack_name}, attacks without its gradients "
+        f"break {int(beyond.sum())} ({each})."
     )
     if bench.transfer_from is None:
         evidence += " No second model was given to transfer from."
