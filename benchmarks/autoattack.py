@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import robust_peft as rp
@@ -32,7 +32,6 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 # The reference's names of the components on the left, ours on the right.
 OURS = {"standard": "autoattack", "apgd-ce": "apgd-ce", "apgd-t": "t-apgd-dlr", "fab-t": "t-fab", "square": "square"}
 BUDGETS = {("micro_swin", "linf"): "8/255", ("micro_swin", "l2"): "0.5", ("mnist", "linf"): "0.3"}
-MNIST_WEIGHTS = Path(__file__).parent.parent / "tests" / "fixtures" / "mnist_convnet.safetensors"
 
 
 def load_images(model: str, count: int, cifar10: Path | None) -> tuple[Tensor, Tensor]:
@@ -56,11 +55,9 @@ def load_images(model: str, count: int, cifar10: Path | None) -> tuple[Tensor, T
 def load_model(name: str) -> nn.Module:
     """The model under attack, in eval mode and float32."""
     if name == "mnist":
-        from mnist_convnet import MnistConvNet
+        from mnist_convnet import trained
 
-        model = MnistConvNet()
-        model.load_state_dict(load_file(MNIST_WEIGHTS))
-        return model.eval()
+        return trained()
     return rp.load_backbone("micro_swin").eval()
 
 

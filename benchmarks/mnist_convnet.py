@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import robust_peft as rp
@@ -48,6 +48,13 @@ class MnistConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images.mean(dim=1, keepdim=True))
+
+
+def trained() -> MnistConvNet:
+    """The network with the weights of the tests' fixture, in float32 and eval mode."""
+    model = MnistConvNet()
+    model.load_state_dict(load_file(WEIGHTS))
+    return model.eval()
 
 
 def train(seed: int) -> MnistConvNet:

@@ -795,12 +795,12 @@ def test_pixels_without_a_gradient_stay_and_the_others_go_on(value: float) -> No
     start = threat.random_start(images, derive(keys, 0, 0))
     assert torch.equal(adv_images[..., 1], optimum[..., 1])
     assert torch.equal(adv_images[..., 0], start[..., 0])
-    # In L2 too, where they share the step: half of the pixels alone reach what a ball in them can.
+    # In L2 too, where one that is no number would take the others along.
     threat = ThreatModel("l2", 0.2, box=None)
     adv_images = APGD(threat, "margin", steps=20, early_stop=False)(Half(), images, labels, keys=keys)
-    direction = direction_to(model, images, labels, 1 - labels)[..., 1]
-    best = images[..., 1] + 0.2 * direction / per_row(direction.flatten(1).norm(dim=1), direction)
-    assert_close(adv_images[..., 1], best, rtol=0, atol=1e-4)
+    direction = direction_to(model, images, labels, 1 - labels)[..., 1].flatten(1)
+    gain = ((adv_images - images)[..., 1].flatten(1) * direction).sum(dim=1)
+    assert (gain > 0.8 * 0.2 * direction.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -986,10 +986,12 @@ def test_empty_batch(early_stop: bool, name: str) -> None:
 def test_half_precision(norm: str, early_stop: bool) -> None:
     images, labels = some_images(dtype=torch.bfloat16)
     threat = ThreatModel(norm, 0.1)
-    adv_images = APGD(threat, steps=5, early_stop=early_stop)(network(dtype=torch.bfloat16), images, labels)
+    attack = APGD(threat, steps=5, early_stop=early_stop)
+    adv_images = attack(network(dtype=torch.bfloat16), images, labels, keys=keys_of(6))
     assert adv_images.dtype == torch.bfloat16 and ((adv_images >= 0) & (adv_images <= 1)).all()
-    # A bfloat16 pixel is rounded by up to 2^-9; 27 of them make an L2 error of up to 0.01.
-    slack = 2**-9 * (math.sqrt(27) if norm == "l2" else 1)
+    # A bfloat16 pixel is rounded by up to 2^-9. L2's projection leaves a point where its 27 pixels' rounding may be
+    # what is outside, by the threat model's own measure.
+    slack = 2**-7 * (math.sqrt(27) / 4 + 4 * 0.1) if norm == "l2" else 2**-9
     assert threat.contains(adv_images, images, tolerance=slack).all()
 
 

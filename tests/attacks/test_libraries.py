@@ -369,6 +369,14 @@ def test_another_box(name: str) -> None:
     assert not torch.equal(expected, images)
 
 
+def test_another_box_and_steps_that_leave_the_ball() -> None:
+    model, images, labels = problem()
+    expected = MIFGSM(LINF, steps=5, step_size=0.03)(model, images, labels)
+    wide = MIFGSM(ThreatModel("linf", 0.2, box=(-1, 3)), steps=5, step_size=0.12)
+    found = wide(Wrapped(model, before=lambda x: (x + 1) / 4), images * 4 - 1, labels)
+    assert_close((found + 1) / 4, expected, rtol=0, atol=1e-9)
+
+
 @every
 def test_no_box_is_refused(name: str) -> None:
     norm = small(name).threat.norm
@@ -392,6 +400,24 @@ class Noisy(nn.Module):
 def random_states() -> tuple[Any, ...]:
     name, keys, *rest = numpy.random.get_state()
     return (torch.get_rng_state().tolist(), random.getstate(), name, keys.tolist(), *rest)
+
+
+class Immovable(Wrapped):
+    """Refuses what libraries do to a model beside calling it."""
+
+    def train(self, mode: bool = True) -> Immovable:
+        raise AssertionError("train() or eval() reached the model")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Immovable:
+        raise AssertionError("to() reached the model")
+
+
+@every
+def test_libraries_cannot_reach_the_model(name: str) -> None:
+    model, images, labels = problem()
+    expected = small(name)(model, images, labels, keys=keys_of(6))
+    found = small(name)(Immovable(model), images, labels, keys=keys_of(6))
+    assert_close(found, expected, rtol=0, atol=0)
 
 
 @every
@@ -599,6 +625,32 @@ def test_logits_that_are_no_numbers_do_no_harm(name: str, value: float) -> None:
     assert_close(found[~odd], expected[~odd], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("mifgsm-linf", "cw-linf")])
+def test_an_answer_that_is_no_number_is_a_find(name: str) -> None:
+    """Half-way to the boundary, which itself is out of reach, the model answers NaN: that is not right."""
+    model, images, labels, distance = linear_problem(small(name).threat.norm, classes=2)
+    rows = torch.arange(40)
+    clean_margin = (model(images)[rows, labels] - model(images)[rows, 1 - labels]).detach()
+
+    def blind(logits: Tensor) -> Tensor:
+        margin = logits[rows, labels] - logits[rows, 1 - labels]
+        return logits * torch.where(margin < 0.5 * clean_margin, torch.nan, 1.0).unsqueeze(1)
+
+    model = Wrapped(model, after=blind)
+    threat = ThreatModel(small(name).threat.norm, 0.9 * distance.amin().item())
+    within_reach = 0.5 * distance < threat.eps / 1.2
+    makers = {"fab": FAB, "t-fab": lambda t: FAB(t, targeted=True), "cw": CarliniWagner, "ddn": DDN}
+    attack = makers[name.rsplit("-", 1)[0]](threat)
+    if isinstance(attack, FAB):
+        attack = dataclasses.replace(attack, early_stop=False)
+    adv_images = attack(model, images, labels, keys=keys_of(40))
+    assert within_reach.sum() >= 4 and model(adv_images).isnan().any(dim=1)[within_reach].all()
+    # Asked who is wrong, it names all of them, whatever class the index of the NaN is.
+    asked: list[Tensor] = []
+    attack.perturb(model, adv_images, labels, confirm=lambda _, positions: asked.append(positions) or positions >= 0)
+    assert torch.equal(asked[0], model(adv_images).isnan().any(dim=1).nonzero().squeeze(1))
+
+
 class PoisonedGradient(torch.autograd.Function):
     """The identity; on the way back one pixel of each image is NaN."""
 
@@ -725,6 +777,22 @@ def test_fab_spares_the_broken(norm: str) -> None:
     whole = attack(together, images, labels)
     assert set(together.sizes) == {40}
     assert torch.equal(predictions(model, whole) != labels, fooled)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_fab_keeps_what_was_confirmed(norm: str) -> None:
+    """Nobody is left out here, and what the later targets yield is not confirmed."""
+    model, images, labels, distance = linear_problem(norm)
+    attack = FAB(ThreatModel(norm, 3 * distance.max().item()), steps=5, targeted=True, early_stop=False)
+    answers = iter([True])
+
+    def at_first(adv_images: Tensor, positions: Tensor) -> Tensor:
+        return torch.full((len(positions),), next(answers, False))
+
+    kept = attack.perturb(model, images, labels, confirm=at_first)
+    first = dataclasses.replace(attack, num_targets=1)(model, images, labels)
+    broken = predictions(model, first) != labels
+    assert broken.sum() >= 30 and torch.equal(kept[broken], first[broken])
 
 
 @pytest.mark.parametrize("name", FABS)
