@@ -48,6 +48,15 @@ def test_the_python_of_the_evaluation_page_runs(tmp_path, monkeypatch, capsys):
     assert "worst case" in capsys.readouterr().out
 
 
+def test_the_evaluation_page_lists_each_check_with_its_rule():
+    from robust_peft.evaluation.checks import QUESTIONS
+
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert len(QUESTIONS) > 12
+    for question in QUESTIONS:
+        assert f"| {question.name} | {question.text} | {question.threshold} | {question.source} |" in text
+
+
 def test_commands_of_the_pages_parse():
     """Each ``robust-peft`` line is parsed by the real parser; a flag that is gone fails here."""
     seen = 0
