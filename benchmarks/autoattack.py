@@ -3,7 +3,8 @@
     python benchmarks/autoattack.py --cifar10 cifar10/test.parquet --output runs/autoattack
 
 Each cell (model, norm, seed, attack, side) is one JSON file with its adversarial images beside it; a cell that is there
-is not measured again, so the command can be stopped and repeated. Both sides attack the same images of the same float32
+is not measured again (unless images or versions differ), so the command can be stopped and repeated; after a change of
+this package's attacks remove its cells. Both sides attack the same images of the same float32
 model on the same number of threads, one after the other. Every image that a side counts as broken is re-checked by
 `recheck`, which uses numpy and a plain forward pass and nothing of the evaluator. The last line is JSON.
 """
@@ -127,8 +128,11 @@ def recheck(
 def measure(arguments: argparse.Namespace, name: str, norm: str, seed: int, attack: str, side: str) -> dict:
     """One cell: attack, time, re-check, write."""
     path = arguments.output / f"{name}-{norm}-{attack}-{side}-{seed}.json"
+    versions = {p: metadata.version(p) for p in ("torch", "timm", "pyautoattack", "torchattacks")}
     if path.is_file():
-        return json.loads(path.read_text())
+        cell = json.loads(path.read_text())
+        if cell["images"] == arguments.images and cell["versions"] == versions:
+            return cell
     torch.manual_seed(seed)
     images, labels = load_images(name, arguments.images, arguments.cifar10)
     model, eps = load_model(name), rp.ThreatModel(norm, BUDGETS[name, norm]).eps
@@ -146,7 +150,7 @@ def measure(arguments: argparse.Namespace, name: str, norm: str, seed: int, atta
         "seconds": wall, "cpu_seconds": cpu, "component_seconds": components,
         "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {p: metadata.version(p) for p in ("torch", "timm", "pyautoattack", "torchattacks")},
+        "versions": versions,
     }  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
     save_file({"adv_images": adv_images.contiguous()}, path.with_suffix(".safetensors"))

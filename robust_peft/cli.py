@@ -72,8 +72,8 @@ class Subject:
 class Evaluate(Subject):
     """Measure a model's accuracy without and under attacks."""
 
-    attacks: tuple[str, ...] = ("clean", "pgd-20")
-    """Attacks by name; `robust-peft zoo attacks` lists them."""
+    attacks: tuple[str, ...] | None = None
+    """Attacks by name; `robust-peft zoo attacks` lists them; none: clean and pgd-20."""
     suite: str | None = None
     """A list of attacks by name instead: paper, paper-official-code."""
     eps: tuple[str, ...] = ()
@@ -199,7 +199,7 @@ def _evaluate(arguments: list[str]) -> None:
     from robust_peft.evaluation import evaluate
 
     threats = _threats(parsed, parsed.eps)
-    for name in parsed.attacks:  # before a model is loaded
+    for name in parsed.attacks or ():  # before a model is loaded
         check_attack_name(name)
     model, data, other = _subject(parsed)
     report = evaluate(
@@ -284,11 +284,18 @@ def _subject(parsed: Subject) -> tuple[Any, Any, Any]:
     """The model, its images, and the second model or None."""
     from robust_peft.data import load_images
     from robust_peft.processes import process_state
-    from robust_peft.runs import is_run, load_data, load_model, load_run_config
+    from robust_peft.runs import is_run, load_data, load_model, load_run_config, run_classes
 
     device = process_state().device
     if parsed.data is not None:
         data: Any = load_images(parsed.data, image_size=parsed.image_size)
+        if is_run(parsed.source) and tuple(data.classes) != run_classes(parsed.source):
+            own = run_classes(parsed.source)
+            raise ValueError(
+                f"The run in {parsed.source} was trained on {len(own)} classes ({', '.join(own[:3])}, ...), "
+                f"{parsed.data} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...): a label would not mean "
+                "the same. Give images with the run's classes in its order."
+            )
     elif is_run(parsed.source):
         data = load_data(load_run_config(parsed.source).data).test
         if data is None:

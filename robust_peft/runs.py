@@ -274,6 +274,11 @@ def load_run_config(folder: str | Path) -> RunConfig:
     return from_dict(RunConfig, _read_description(Path(folder))["config"])
 
 
+def run_classes(folder: str | Path) -> tuple[str, ...]:
+    """The names of a run's classes, in the order of its logits. FileNotFoundError where there is no run."""
+    return tuple(_read_description(Path(folder))["classes"])
+
+
 # --- from config to parts ---
 
 

@@ -179,3 +179,10 @@ def test_zoo_lists_every_attack(capsys):
     assert cli.main(["zoo", "attacks"]) == 0
     said = capsys.readouterr().out
     assert len(ENTRIES) > 15 and all(entry.name in said and entry.source in said for entry in ENTRIES)
+
+
+def test_images_of_other_classes_than_the_runs_are_refused(tmp_path, capsys):
+    description = {"config": to_dict(PRESETS["quickstart"]), "classes": ["cat", "dog"]}
+    write_json(tmp_path / "config.json", description)
+    assert cli.main(["evaluate", str(tmp_path), "--data", "digits"]) == 2
+    assert "was trained on 2 classes (cat, dog, ...), digits has 10" in capsys.readouterr().err

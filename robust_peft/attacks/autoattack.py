@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robust_peft import keyed_random
 from robust_peft.attacks.suite import components, make_attack
-from robust_peft.attacks.victim import Confirm, as_victim
+from robust_peft.attacks.victim import Confirm, as_victim, couples_batch
 from robust_peft.keyed_random import name_key
 from robust_peft.threat import ThreatModel
 
@@ -24,6 +24,7 @@ class AutoAttack:
     undefined its place is taken by the margin (the reference implementation raises an error there).
 
     `robust_peft.evaluate` runs the same components with a verdict for each; this class is for images at hand.
+    Where predictions depend on the batch, nobody leaves it.
 
     Args:
         threat: Norm, budget and box.
@@ -72,21 +73,22 @@ class AutoAttack:
             return (logits.argmax(dim=1) != labels[positions]) | ~logits.isfinite().all(dim=1)
 
         with as_victim(model), torch.no_grad():
-            standing = torch.arange(len(images), device=images.device)
-            standing = standing[~fooled(images, standing)]
+            everyone, coupled = torch.arange(len(images), device=images.device), couples_batch(model)
+            stands = ~fooled(images, everyone)
             for name in components(self._name):
-                if len(standing) == 0:
+                chosen = everyone if coupled else everyone[stands]
+                if not stands.any():
                     break
-                attack = make_attack(name, self.threat)
-                adv_images = attack.perturb(
+                adv_images = make_attack(name, self.threat, early_stop=not coupled).perturb(
                     model,
-                    images[standing],
-                    labels[standing],
-                    keys=keyed_random.derive(keys[standing], name_key(f"{name} {self.threat}")),
-                    confirm=None if confirm is None else _narrowed(confirm, standing),
+                    images[chosen],
+                    labels[chosen],
+                    keys=keyed_random.derive(keys[chosen], name_key(f"{name} {self.threat}")),
+                    confirm=None if confirm is None else _narrowed(confirm, chosen),
                 )
-                best[standing] = adv_images
-                standing = standing[~fooled(adv_images, standing)]
+                new = stands[chosen]
+                best[chosen[new]] = adv_images[new]
+                stands[chosen] &= ~fooled(adv_images, chosen)
         return best
 
 

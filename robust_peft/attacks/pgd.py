@@ -122,7 +122,7 @@ class PGD:
         """As calling the attack, without the check of the pixel range (which waits for the device).
 
         ``objective`` stands in where the attack itself names none; a `Trainer` hands its loss's here. ``confirm``
-        (`attacks.victim`) has a say where there are several restarts to choose from.
+        (`attacks.victim`) decides which of several restarts fools.
         """
         name = self.objective or objective or "ce"
         self._check_start(name)
@@ -150,9 +150,12 @@ class PGD:
                 with torch.no_grad():
                     logits = full_precision_logits(model, adv_images)
                     predictions = logits.argmax(dim=1)
-                    fools = predictions == targets if targets is not None else predictions != labels
+                    # What is no number is no answer.
+                    nothing = ~logits.isfinite().all(dim=1)
+                    fools = (predictions == targets if targets is not None else predictions != labels) | nothing
                     if confirm is not None:
-                        fools &= confirm(adv_images, torch.arange(len(images), device=images.device))
+                        # Asked about everybody: this model may be in another precision, and wrong about who is wrong.
+                        fools = confirm(adv_images, torch.arange(len(images), device=images.device))
                     scores = score(logits)
                 if best is None:
                     best, best_fools, best_score = adv_images, fools, scores

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from robust_peft.attacks.apgd import APGD
+from robust_peft.attacks.lending import library
 from robust_peft.attacks.libraries import DDN, FAB, MIFGSM, CarliniWagner
 from robust_peft.attacks.pgd import FGSM, PGD
 from robust_peft.attacks.square import Square
@@ -78,7 +79,7 @@ ENTRIES = (
                 ("apgd-t", "t-autopgd", "t-autopgd-dlr", "t-autopgd-l2")),
     AttackEntry("fab", "nearest boundary, minimal norm", BOTH, "white", "2 * K + 2", "(C - 1) * K", FAB_SOURCE,
                 "torchattacks", "K", 100),
-    AttackEntry("t-fab", "nearest boundary with each of T classes", BOTH, "white", "T * (2 * K + 2)", "T * K",
+    AttackEntry("t-fab", "nearest boundary with each of T classes", BOTH, "white", "T * (2 * K + 2) + 1", "T * K",
                 FAB_SOURCE, "torchattacks", "K", 100, ("fab-t",)),
     AttackEntry("square", "random search over squares, K queries", BOTH, "black", "K + 1", "0",
                 "Andriushchenko et al. 2020, arXiv:1912.00049", "robust_peft", "Kx", 5000, ("square-attack",)),
@@ -87,9 +88,9 @@ ENTRIES = (
     AttackEntry("autoattack-rand", "for randomised models: apgd-ce and apgd-dlr, gradients averaged over 20 passes",
                 BOTH, "white", "40 * K", "40 * K", APGD_SOURCE, "robust_peft", "K", 100),
     AttackEntry("cw", "Carlini and Wagner: minimal norm with binary search under L2; PGD on the margin under L-inf",
-                BOTH, "white", "9 * K if l2 else K", "9 * K if l2 else K", "Carlini and Wagner 2017, arXiv:1608.04644",
-                "foolbox (linf: robust_peft)", "K", 100, ("c&w",)),
-    AttackEntry("ddn", "minimal norm, direction and length decoupled", ("l2",), "white", "K + 1", "K",
+                BOTH, "white", "9 * K + 2 if l2 else K", "9 * K if l2 else K",
+                "Carlini and Wagner 2017, arXiv:1608.04644", "foolbox (linf: robust_peft)", "K", 100, ("c&w",)),
+    AttackEntry("ddn", "minimal norm, direction and length decoupled", ("l2",), "white", "K + 2", "K",
                 "Rony et al. 2019, arXiv:1811.09600", "foolbox", "K", 100, ("ddn-attack",)),
     AttackEntry("transfer", "apgd-ce made on a second model", BOTH, "black", "0", "0",
                 "Liu et al. 2017, arXiv:1611.02770", "robust_peft", "K", 100),
@@ -190,6 +191,14 @@ def forwards_of(name: str, norm: str, num_classes: int) -> int:
     return max(1, count * (parsed.restarts or 1) * (20 if randomised else 1))
 
 
+def check_installed(name: str) -> None:
+    """Import the library that serves an attack or a component. ImportError that names the extra where it is missing."""
+    served = parse_attack_name(name.removeprefix("rand-")).entry.library
+    for package in ("torchattacks", "foolbox"):
+        if package in served:
+            library(package)
+
+
 def make_attack(
     name: str, threat: ThreatModel, *, early_stop: bool = True, transfer_from: nn.Module | None = None
 ) -> Any:
@@ -220,7 +229,8 @@ def make_attack(
         options["restarts"] = parsed.restarts
     if parsed.step_size is not None:
         options["step_size"] = parsed.step_size
-    stopping = {"early_stop": early_stop}
+    # What fools a random model once may not do so on average, so that there the search goes on.
+    stopping = {"early_stop": early_stop and not randomised}
     makers: dict[str, Callable[[], Any]] = {
         "fgsm": lambda: FGSM(threat, **options),
         "pgd-K": lambda: PGD(threat, steps=steps or 1, **options),

@@ -83,9 +83,10 @@ class TargetedPGD:
                 found = full_precision_logits(model, adv_images)
                 own = found.gather(1, labels[standing].unsqueeze(1))
                 score = (found.scatter(1, labels[standing].unsqueeze(1), -torch.inf).amax(1, keepdim=True) - own)[:, 0]
-                fooled = found.argmax(dim=1) != labels[standing]
-                if confirm is not None and fooled.any():
-                    fooled[fooled.clone()] = confirm(adv_images[fooled], standing[fooled])
+                # What is no number is no answer.
+                fooled = (found.argmax(dim=1) != labels[standing]) | ~found.isfinite().all(dim=1)
+                if confirm is not None:
+                    fooled = confirm(adv_images, standing)
                 # What counts as fooled comes before any score: with `confirm` the two can differ.
                 score = torch.where(fooled, torch.inf, score)
                 better = score > best_score[standing]

@@ -41,7 +41,16 @@ def as_victim(model: nn.Module) -> Iterator[None]:
 def full_precision_logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits in at least float32: an objective in half precision would round small margins to zero."""
     logits = model(images)
+    if images.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+        # A model that cuts the graph (a JPEG layer, say) has a zero gradient; the attack goes on, for others to follow.
+        logits = logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def couples_batch(model: nn.Module) -> bool:
+    """Whether predictions depend on who else is in the batch: a BatchNorm without running statistics."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return any(isinstance(module, norms) and module.running_mean is None for module in model.modules())
 
 
 class Counted(nn.Module):

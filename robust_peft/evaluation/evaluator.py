@@ -10,29 +10,37 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 
 from robust_peft import keyed_random
 from robust_peft.attacks import as_victim
-from robust_peft.attacks.suite import SUITES, check_attack_name, components, forwards_of, make_attack
-from robust_peft.attacks.victim import Counted
-from robust_peft.evaluation.precision import PRECISIONS, OwnPrecision, ReducedPrecision, couples_batch, plain_float32
+from robust_peft.attacks.suite import (
+    SUITES,
+    check_attack_name,
+    check_installed,
+    components,
+    forwards_of,
+    make_attack,
+)
+from robust_peft.attacks.victim import Counted, couples_batch
+from robust_peft.evaluation.precision import PRECISIONS, ReducedPrecision, in_own_precision, plain_float32
 from robust_peft.evaluation.report import BROKEN, BROKEN_BEFORE, UNKNOWN, WITHSTOOD, AttackResult, Report
 from robust_peft.evaluation.saved_images import recheck_images
 from robust_peft.evaluation.saved_images import save_images as write_images
 from robust_peft.evaluation.store import VerdictStore
-from robust_peft.models.checkpoints import fingerprint
+from robust_peft.models.checkpoints import fingerprint_of_all
 from robust_peft.processes import gather, process_state
 from robust_peft.threat import ThreatModel
 
+RANDOM_PASSES = 20  # over which a random model's logits are averaged for a verdict
 # A changed version of any of these may change a verdict, so figures of two are not one measurement.
 VERSIONED = ("robust_peft", "torch", "torchattacks", "foolbox")
 
@@ -42,7 +50,7 @@ def evaluate(
     model: nn.Module,
     data: Dataset | DataLoader,
     threats: Sequence[ThreatModel],
-    attacks: Sequence[str] = ("clean", "pgd-20"),
+    attacks: Sequence[str] | None = None,
     *,
     suite: str | None = None,
     batch_size: int = 128,
@@ -65,8 +73,8 @@ def evaluate(
             size and order are not.
         threats: Threat models.
         attacks: Names from `robust_peft.attacks.ENTRIES`, e.g. "pgd-20", "apgd-ce", "autoattack". "clean" is always
-            measured. Under each threat model they run in this order.
-        suite: Name of a list of attacks (`robust_peft.attacks.SUITES`) instead of ``attacks``.
+            measured. Under each threat model they run in this order. None: "clean" and "pgd-20".
+        suite: Name of a list of attacks (`robust_peft.attacks.SUITES`), in place of ``attacks``.
         batch_size: Images in a batch.
         limit: Only the first so many samples.
         seed: Seed of the attacks' random draws.
@@ -89,7 +97,8 @@ def evaluate(
             classes, images out of range, or an ``output`` that was begun with other data, weights or settings.
         FileExistsError: If ``output`` holds something else.
     """
-    dataset = data.dataset if isinstance(data, DataLoader) else data
+    _check_numbers(batch_size=batch_size, limit=limit)
+    dataset = _dataset_of(data)
     total = len(dataset) if limit is None else min(limit, len(dataset))  # type: ignore[arg-type]
     title = str(name or getattr(dataset, "name", type(dataset).__name__))
     if total == 0:
@@ -98,13 +107,22 @@ def evaluate(
         raise ValueError(f"precision should be one of {', '.join(PRECISIONS)}. Found precision = {precision!r}.")
     if save_images and output is None:
         raise ValueError("save_images needs output, the folder to keep them in.")
-    jobs = _jobs(threats, attacks, suite)
+    if suite is not None and attacks is not None:
+        raise ValueError("suite stands in place of attacks; give one of them.")
+    jobs = _jobs(threats, ("pgd-20",) if attacks is None else attacks, suite)
+    for part in {part for _, attack in jobs for part in components(attack)}:
+        check_installed(part)  # now, not after hours of other attacks
     if transfer_from is None and any(attack.startswith("transfer") for _, attack in jobs):
         raise ValueError("The attack transfer needs a second model: give it as transfer_from.")
     measuring = _Measuring(
         model, dataset, total, batch_size=batch_size, seed=seed, precision=precision, transfer_from=transfer_from,
         progress=progress, deadline=None if time_limit is None else time.monotonic() + time_limit,
     )  # fmt: skip
+    if measuring.coupled and (save_images or precision != "fp32"):
+        raise ValueError(
+            "Predictions depend on who else is in the batch (BatchNorm without running statistics), so that an image "
+            'cannot be judged alone: neither save_images nor precision="bf16" is possible.'
+        )
     store = VerdictStore(None if output is None else Path(output), measuring.settings(title, save_images))
     try:
         with as_victim(model), plain_float32():
@@ -118,25 +136,35 @@ def evaluate(
                     for part in components(attack):
                         todo = [i for i in range(total) if i not in own_broken]
                         measuring.run(part, threat, todo, store, Path(output) if output and save_images else None)
-                        correct = store[job_key(part, threat)].correct
+                        correct = store[measuring.job_key(part, threat)].correct
                         own_broken |= {i for i in todo if not correct.get(i, True)}
                     broken |= own_broken
-            report = Report(title, seed, _results(jobs, store, total, each), precision)
+            report = Report(title, seed, _results(jobs, store, total, each, measuring.job_key), precision)
+            report.randomised = measuring.randomised
             report.fixed_batches = batch_size if measuring.coupled else None
             if save_images and report.finished and process_state().is_main_process:
-                found = recheck_images(output or "", measuring.is_right, measuring.images_and_labels)
-                if found.failed:
-                    raise RuntimeError(f"Internal error: {found}; these do not: {found.failed[:5]}.")
-                if progress:
-                    print(f"{found}.")
+                report.rechecked = str(recheck_images(output or "", measuring.is_right, measuring.images_and_labels))
     finally:
         store.close()
     return report
 
 
-def job_key(attack: str, threat: ThreatModel | None) -> str:
-    """What a store calls an attack under a threat model."""
-    return attack if threat is None else f"{attack} {threat.norm} {threat.eps!r} {threat.box}"
+def _check_numbers(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} should be an integer of at least 1. Found {name} = {value!r}.")
+
+
+def _dataset_of(data: Any) -> Any:
+    """The dataset; of a loader, only where nothing but batch size and order would be lost with it."""
+    if not isinstance(data, DataLoader):
+        return data
+    if type(data.sampler) not in (SequentialSampler, RandomSampler):
+        raise ValueError(
+            f"The loader chooses samples by a {type(data.sampler).__name__}, which an evaluation would pass over: "
+            "give it the samples to measure as a dataset (torch.utils.data.Subset)."
+        )
+    return data.dataset
 
 
 def _jobs(threats: Sequence[ThreatModel], attacks: Sequence[str], suite: str | None) -> list[tuple[ThreatModel, str]]:
@@ -152,13 +180,16 @@ def _jobs(threats: Sequence[ThreatModel], attacks: Sequence[str], suite: str | N
     return jobs
 
 
-def _results(jobs: list[tuple[ThreatModel, str]], store: VerdictStore, total: int, each: bool) -> list[AttackResult]:
+def _results(
+    jobs: list[tuple[ThreatModel, str]], store: VerdictStore, total: int, each: bool, job_key: Callable[..., str]
+) -> list[AttackResult]:
     """The attacks' verdicts from those of their components, in the order in which they ran."""
     clean = store["clean"]
     verdicts = "".join(UNKNOWN if i not in clean.correct else "01"[clean.correct[i]] for i in range(total))
     results = [AttackResult("clean", None, verdicts, (), clean.forwards, clean.backwards, clean.seconds)]
     wrong = {i for i in range(total) if verdicts[i] == BROKEN}
     broken: dict[ThreatModel, set[int]] = {}
+    ran: set[tuple[ThreatModel, str]] = set()  # a component may have run before, as an attack of its own
     for threat, attack in jobs:
         spared = set() if each else broken.setdefault(threat, set())
         own_broken: set[int] = set()
@@ -169,10 +200,13 @@ def _results(jobs: list[tuple[ThreatModel, str]], store: VerdictStore, total: in
             for i in range(total):
                 if i in wrong:
                     row.append(BROKEN)
-                elif i in found.correct and i not in own_broken:
-                    row.append(WITHSTOOD if found.correct[i] else BROKEN)
+                elif i in own_broken:
+                    row.append(BROKEN_BEFORE)
+                elif i in spared and ((threat, part) not in ran or found.correct.get(i, True)):
+                    row.append(BROKEN_BEFORE)  # also where an earlier call with this folder had tried it
                 else:
-                    row.append(BROKEN_BEFORE if i in own_broken or i in spared else UNKNOWN)
+                    row.append(UNKNOWN if i not in found.correct else WITHSTOOD if found.correct[i] else BROKEN)
+            ran.add((threat, part))
             own_broken |= {i for i in range(total) if row[i] == BROKEN}
             costs = (found.forwards, found.backwards, found.seconds)
             rows.append(AttackResult(part, threat, "".join(row), (), *costs))
@@ -210,17 +244,21 @@ class _Measuring:
         own = torch.float32 if parameter is None else parameter.dtype
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.own_model = model
-        self.model = OwnPrecision(model, own) if own in (torch.float16, torch.bfloat16) else model
+        self.model = in_own_precision(model)
         self.dtype = torch.float64 if own == torch.float64 else torch.float32
         if precision == "bf16" and own != torch.float32:
             raise ValueError(f'precision="bf16" is for float32 models. Found weights in {own}.')
         self.searched = ReducedPrecision(model).requires_grad_(False).eval() if precision == "bf16" else self.model
-        self.coupled = couples_batch(model)
+        self.coupled = couples_batch(model) or (transfer_from is not None and couples_batch(transfer_from))
         self.dataset, self.total, self.batch_size, self.seed = dataset, total, batch_size, seed
-        self.precision, self.transfer_from = precision, transfer_from
+        self.precision, self.transfer_from, self.transfer_key = precision, None, ""
+        if transfer_from is not None:
+            self.transfer_from = in_own_precision(transfer_from)
+            self.transfer_key = fingerprint_of_all(transfer_from)[:16]
         self.progress, self.deadline = progress, deadline
         self.stopped = False
         self.num_classes = 0
+        self.randomised = False
 
     def settings(self, title: str, save_images: bool) -> dict[str, Any]:
         """What every call that goes on with a folder must agree on."""
@@ -230,17 +268,20 @@ class _Measuring:
                 versions[package] = metadata.version(package)
             except metadata.PackageNotFoundError:
                 continue
-        source = None if self.transfer_from is None else fingerprint(self.transfer_from, leave_out="")
         return {
             "data": title,
-            "model_sha256": fingerprint(self.own_model, leave_out=""),
-            "transfer_from_sha256": source,
+            "model_sha256": fingerprint_of_all(self.own_model),
             "seed": self.seed,
             "precision": self.precision,
             "fixed_batches": self.batch_size if self.coupled else None,
             "save_images": save_images,
             "versions": versions,
         }
+
+    def job_key(self, attack: str, threat: ThreatModel | None) -> str:
+        """What the store calls an attack under a threat model."""
+        source = f" from {self.transfer_key}" if attack.startswith("transfer") else ""
+        return attack if threat is None else f"{attack} {threat.norm} {threat.eps!r} {threat.box}{source}"
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
         """A batch on the model's device and in the dtype of its images, and a hash of each sample's content."""
@@ -265,8 +306,10 @@ class _Measuring:
         return images, labels
 
     def is_right(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Whether the model is right, a bool tensor of shape `[B]`."""
+        """Whether the model is right, a bool tensor of shape `[B]`; on average, where it is random."""
         logits = self.model(images)
+        for _ in range(RANDOM_PASSES - 1 if self.randomised else 0):
+            logits = logits + self.model(images)
         self.num_classes = logits.shape[1]
         if int(labels.max()) >= logits.shape[1]:
             raise ValueError(f"labels should be in 0..{logits.shape[1] - 1}. Found {int(labels.max())}.")
@@ -274,9 +317,15 @@ class _Measuring:
         return (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
 
     def check_content(self, store: VerdictStore, total: int) -> None:
-        """Refuse data that is not what the store's verdicts were measured on."""
-        # The first error, if any, and the number of classes.
-        self.is_right(*self.images_and_labels(range(min(self.batch_size, total) if self.coupled else 1)))
+        """Look at the model, and refuse a model or data that are not what the store's verdicts were measured on."""
+        images, labels = self.images_and_labels(range(min(self.batch_size, total) if self.coupled else 1))
+        self.is_right(images, labels)  # the first error, if any, and the number of classes
+        logits, again = self.model(images), self.model(images)
+        if logits.isinf().any():
+            raise ValueError(
+                "logits should be finite. Found infinite ones; give masked classes a large negative logit."
+            )
+        self.randomised = not torch.allclose(logits, again, rtol=1e-4, atol=1e-5, equal_nan=True)
         known = sorted(index for index in store.hashes if index < total)
         for start in range(0, len(known), self.batch_size):
             indices = known[start : start + self.batch_size]
@@ -286,13 +335,16 @@ class _Measuring:
                         f"Sample {index} is not the one that was evaluated before (its content differs): the data was "
                         "changed or shuffled. Name another folder."
                     )
+        if not self.randomised and not self.coupled and logits.isfinite().all():
+            # Weights alone do not say what a forward pass makes of them.
+            store.check_probe(logits[0].tolist())
 
     def run(
         self, part: str, threat: ThreatModel | None, todo: Sequence[int], store: VerdictStore, images_to: Path | None
     ) -> None:
         """Try an attack on samples, batch by batch, each process its share; what is known already is left alone."""
         state, wanted = process_state(), set(todo)
-        known = store[job_key(part, threat)].correct
+        known = store[self.job_key(part, threat)].correct
         if self.coupled:
             # Nobody may leave its batch, and a batch in which nobody is of interest is left out whole.
             starts = range(0, self.total, self.batch_size)
@@ -330,8 +382,13 @@ class _Measuring:
         images_to: Path | None,
         bar: Any,
     ) -> None:
-        began, key = time.monotonic(), job_key(part, threat)
+        began, key = time.monotonic(), self.job_key(part, threat)
         images, labels, hashes = self.fetch(chunk)
+        for index, found in zip(chunk, hashes, strict=True):
+            if store.hashes.get(index, found) != found:
+                raise ValueError(
+                    f"Sample {index} is another one each time that it is fetched: switch the data's augmentation off."
+                )
         indices = torch.tensor(list(chunk), device=self.device)
         if threat is None:
             right = self.is_right(images, labels).tolist()
@@ -343,9 +400,11 @@ class _Measuring:
         keys = keyed_random.derive(
             keyed_random.sample_keys(self.seed, 0, indices), keyed_random.name_key(f"{part} {threat}")
         )
-        counted = Counted(self.searched, lambda count: bar.update(min(count, bar.total - bar.n)))
+        # Without gradients bfloat16 spares little, and its rounding of the pixels hides small changes from a search.
+        searched = self.model if part.startswith("square") else self.searched
+        counted = Counted(searched, lambda count: bar.update(min(count, bar.total - bar.n)))
         options: dict[str, Any] = {}
-        if self.searched is not self.model:
+        if searched is not self.model:
 
             def confirm(adv_images: Tensor, positions: Tensor) -> Tensor:
                 adv_images = adv_images.to(images.dtype)

@@ -47,6 +47,13 @@ class OwnPrecision(nn.Module):
         return self.model(images.to(self.dtype)).float()
 
 
+def in_own_precision(model: nn.Module) -> nn.Module:
+    """The model, behind float32 images and logits where its weights are in half precision."""
+    parameter = next(iter(model.parameters()), None)
+    half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+    return OwnPrecision(model, parameter.dtype) if half else model  # type: ignore[union-attr]
+
+
 class ReducedPrecision(nn.Module):
     """A copy of a float32 model whose matrix products and convolutions run in bfloat16, for the search alone.
 
@@ -63,9 +70,3 @@ class ReducedPrecision(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16):
             return self.model(images).float()
-
-
-def couples_batch(model: nn.Module) -> bool:
-    """Whether predictions depend on who else is in the batch: a BatchNorm without running statistics."""
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return any(isinstance(module, norms) and module.running_mean is None for module in model.modules())

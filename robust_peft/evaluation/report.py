@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from robust_peft.attacks.suite import check_attack_name
 from robust_peft.files import read_json, write_json
 from robust_peft.results import Accuracy
 from robust_peft.threat import ThreatModel
@@ -101,6 +103,10 @@ class Report:
     results: list[AttackResult] = field(default_factory=list)
     precision: str = "fp32"
     """What the attacks' iterations ran in; verdicts are float32's (or the model's own) in any case."""
+    randomised: bool = False
+    """Whether the model gives one batch two answers; it is then judged by mean logits of several passes."""
+    rechecked: str | None = None
+    """What the re-check of saved adversarial images found."""
     fixed_batches: int | None = None
     """Batch size, where predictions depend on who else is in the batch, so that the figures hold for it alone."""
 
@@ -111,8 +117,10 @@ class Report:
 
     def find(self, attack: str, threat: ThreatModel | None) -> AttackResult:
         """The verdicts of one attack. KeyError that lists what was measured where there are none."""
+        with suppress(ValueError):  # of a name that is unknown, which the error below then says
+            attack = check_attack_name(attack)
         for result in self.results:
-            if result.attack == attack.lower() and result.threat == threat:
+            if result.attack == attack and result.threat == threat:
                 return result
         there = ", ".join(f"{r.attack} ({r.threat})" if r.threat else r.attack for r in self.results)
         raise KeyError(f"{attack} under {threat} was not measured. Measured: {there}.")
@@ -159,7 +167,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: counts and intervals for people, verdicts as a string for programs."""
         head = {"data": self.data, "seed": self.seed, "confidence": 0.95, "finished": self.finished}
-        head |= {"precision": self.precision, "fixed_batches": self.fixed_batches}
+        head |= {"precision": self.precision, "fixed_batches": self.fixed_batches, "randomised": self.randomised}
+        head |= {"rechecked": self.rechecked}
         worst = []
         for threat in dict.fromkeys(r.threat for r in self.results if r.threat is not None):
             if self.finished:
@@ -174,8 +183,8 @@ class Report:
     def from_dict(cls, values: dict[str, Any]) -> Report:
         """The report that `to_dict` wrote down."""
         results = [AttackResult.from_dict(row) for row in values["results"]]
-        precision, fixed = values.get("precision", "fp32"), values.get("fixed_batches")
-        return cls(values["data"], values["seed"], results, precision, fixed)
+        known = {key: values[key] for key in ("precision", "randomised", "rechecked", "fixed_batches") if key in values}
+        return cls(values["data"], values["seed"], results, **known)
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, whole or not at all."""
@@ -200,6 +209,14 @@ class Report:
                 lines.append(f"  {'worst case':<{width}} {str(threat):<14} {self.worst_case(threat)}")
         if any(not result.own for result in self.results):
             lines.append('  "after": samples that an earlier attack had broken were not attacked again.')
+        if self.precision != "fp32":
+            lines.append(f"  Searched in {self.precision}, judged in float32.")
+        if self.randomised:
+            lines.append(
+                "  The model is random: judged by mean logits of several passes; only autoattack-rand suits it."
+            )
+        if self.rechecked is not None:
+            lines.append(f"  {self.rechecked}.")
         if self.fixed_batches is not None:
             lines.append(
                 f"  Predictions depend on who else is in the batch: figures are for ordered batches of "

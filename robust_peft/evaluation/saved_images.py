@@ -30,6 +30,7 @@ class SavedImages:
 
 def save_images(folder: Path, attack: str, threat: ThreatModel, indices: Tensor, adv_images: Tensor) -> None:
     """Write a batch's adversarial images as safetensors, whole or not at all. Nothing to write is no file."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     if len(indices) == 0:
         return
     described = f"{attack} {threat} {threat.box}"
@@ -43,9 +44,9 @@ def save_images(folder: Path, attack: str, threat: ThreatModel, indices: Tensor,
 
 def load_images(folder: str | Path) -> list[SavedImages]:
     """Every batch of adversarial images in an evaluation's folder. FileNotFoundError where none were saved."""
-    paths = sorted((Path(folder) / FOLDER).glob("*.safetensors"))
-    if not paths:
+    if not (Path(folder) / FOLDER).is_dir():
         raise FileNotFoundError(f"{folder} holds no adversarial images; evaluate with save_images=True.")
+    paths = sorted((Path(folder) / FOLDER).glob("*.safetensors"))
     found = []
     for path in paths:
         with safe_open(path, "pt") as file:
@@ -65,7 +66,10 @@ class Recheck:
     failed: tuple[tuple[str, int], ...]
 
     def __str__(self) -> str:
-        return f"adversarial images re-checked from the files: {self.images - len(self.failed)} of {self.images} hold"
+        said = f"Adversarial images re-checked from the files: {self.images - len(self.failed)} of {self.images} hold"
+        if not self.failed:
+            return said
+        return f"{said}; not {', '.join(f'{attack} sample {index}' for attack, index in self.failed[:5])}"
 
 
 @torch.no_grad()

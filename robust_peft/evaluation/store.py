@@ -16,7 +16,7 @@ from typing import Any
 from robust_peft.files import read_json, write_json
 from robust_peft.processes import gather, on_main_or_raise, process_state
 
-SETTINGS = "settings.json"
+SETTINGS, PROBE = "settings.json", "probe.json"
 
 
 @dataclass
@@ -72,6 +72,30 @@ class VerdictStore:
             self._file.flush()
             os.fsync(self._file.fileno())
 
+    def check_probe(self, logits: list[float]) -> None:
+        """Keep the first sample's logits, or refuse those of another model than the one that the verdicts are of.
+
+        Raises:
+            ValueError: If they differ by more than rounding from those of the call that began the folder.
+        """
+        if self.folder is None:
+            return
+        path = self.folder / PROBE
+
+        def compare() -> None:
+            if not path.is_file():
+                write_json(path, {"logits of sample 0": logits})
+                return
+            known = read_json(path)["logits of sample 0"]
+            slack = 1e-3 * max(1e-6, *(abs(value) for value in known))
+            if len(known) != len(logits) or any(abs(a - b) > slack for a, b in zip(known, logits, strict=True)):
+                raise ValueError(
+                    f"The evaluation in {self.folder} was begun with a model that answers otherwise. Name another "
+                    "folder, or remove this one."
+                )
+
+        on_main_or_raise(compare)
+
     def share(self) -> None:
         """Tell the other processes what was added since the last time; every process has to call it."""
         own, self._unshared = self._unshared, []
@@ -114,7 +138,8 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     ]
     if changed:
         raise ValueError(
-            f"The evaluation in {folder} was begun with something else: {'; '.join(changed)}. Name another folder."
+            f"The evaluation in {folder} was begun with something else: {'; '.join(changed)}. Name another folder, or "
+            "remove this one."
         )
 
 

@@ -22,6 +22,15 @@ def rows_of(path: str | Path, key: str) -> int | None:
         return None  # likewise
 
 
+def fingerprint_of_all(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of every parameter and buffer, also of those that are not saved."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def fingerprint(model: nn.Module, *, leave_out: str) -> str:
     """SHA-256 over names and bytes of a model's weights, without the submodule of that name (a head to be trained)."""
     digest = hashlib.sha256()

@@ -393,7 +393,6 @@ class Noisy(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
-        print("forward", file=sys.stderr)
         return self.inner(images)
 
 

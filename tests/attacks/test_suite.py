@@ -32,7 +32,7 @@ THREATS = [LINF, L2]
         ("apgd-dlr-10x2", lambda t: APGD(t, "dlr", steps=10, restarts=2)),
         ("t-apgd-ce", lambda t: APGD(t, "ce", steps=100, targeted=True, num_targets=9)),
         ("t-apgd-dlr", lambda t: APGD(t, "dlr", steps=100, targeted=True, num_targets=9)),
-        ("rand-apgd-dlr", lambda t: APGD(t, "dlr", steps=100, eot=20)),
+        ("rand-apgd-dlr", lambda t: APGD(t, "dlr", steps=100, eot=20, early_stop=False)),
         ("square", lambda t: Square(t, queries=5000)),
         ("square-300", lambda t: Square(t, queries=300)),
     ],

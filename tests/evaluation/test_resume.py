@@ -185,8 +185,68 @@ def test_a_saved_image_that_does_not_hold_is_said(tmp_path):
         described = file.metadata()
     tensors["adv_images"][0] = small_data().images[tensors["indices"][0]]  # the clean image fools nobody
     save_file(tensors, path, described)
-    with pytest.raises(RuntimeError, match="re-checked from the files: .* do not"):
-        rp.evaluate(*arguments, output=tmp_path, save_images=True)
+    report = rp.evaluate(*arguments, output=tmp_path, save_images=True)
+    index = int(tensors["indices"][0])
+    assert report.rechecked is not None and f"; not pgd-3 L-inf 0.2 sample {index}" in report.rechecked
+    assert "re-checked from the files" in str(report)
+
+
+def test_where_nothing_is_broken_there_is_nothing_to_recheck(tmp_path):
+    nothing = rp.ThreatModel("linf", 0.0)
+    report = rp.evaluate(small_model(), small_data(), [nothing], ["pgd-2"], output=tmp_path, save_images=True)
+    assert report.rechecked is not None and "0 of 0 hold" in report.rechecked
+
+
+def test_a_forward_pass_that_changed_is_refused(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.model, self.scale = small_model(), scale
+
+        def forward(self, images):
+            return self.scale * self.model(images)
+
+    arguments = (small_data(), [THREAT], ["fgsm"])
+    rp.evaluate(Scaled(1.0), *arguments, output=tmp_path)
+    with pytest.raises(ValueError, match="begun with a model that answers otherwise"):
+        rp.evaluate(Scaled(1e6), *arguments, output=tmp_path)  # the same weights
+
+
+def test_buffers_that_are_not_saved_belong_to_the_model(tmp_path):
+    models = [rp.Normalized(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), [m] * 3, [1.0] * 3) for m in (0.0, 0.5)]
+    models[1].load_state_dict(models[0].state_dict())
+    rp.evaluate(models[0], small_data(), [THREAT], ["fgsm"], output=tmp_path)
+    with pytest.raises(ValueError, match="model_sha256 was"):
+        rp.evaluate(models[1], small_data(), [THREAT], ["fgsm"], output=tmp_path)
+
+
+def test_a_row_does_not_depend_on_what_the_folder_was_used_for_before(tmp_path):
+    model, data = small_model(), small_data()
+    rp.evaluate(model, data, [WIDER], ["fgsm"], output=tmp_path)
+    later = rp.evaluate(model, data, [WIDER], ["apgd-ce-10", "fgsm"], output=tmp_path)
+    assert verdicts(later) == verdicts(rp.evaluate(model, data, [WIDER], ["apgd-ce-10", "fgsm"]))
+    assert "." in later.find("fgsm", WIDER).verdicts
+
+
+def test_data_that_changes_each_time_is_refused():
+    class Jittered(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            return torch.rand(3, 4, 4), 0
+
+    with pytest.raises(ValueError, match="is another one each time that it is fetched"):
+        rp.evaluate(small_model(), Jittered(), [THREAT], ["fgsm"])
+
+
+def test_transfer_may_be_added_and_belongs_to_its_source(tmp_path):
+    model, data = small_model(), small_data()
+    rp.evaluate(model, data, [WIDER], ["fgsm"], output=tmp_path)
+    names = ["transfer-5"]
+    found = [rp.evaluate(model, data, [WIDER], names, output=tmp_path, transfer_from=small_model(s)) for s in (0, 7)]
+    fresh = [rp.evaluate(model, data, [WIDER], names, transfer_from=small_model(s)) for s in (0, 7)]
+    assert [verdicts(r) for r in found] == [verdicts(r) for r in fresh] and verdicts(found[0]) != verdicts(found[1])
 
 
 def test_saving_needs_a_folder():

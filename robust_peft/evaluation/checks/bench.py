@@ -14,9 +14,9 @@ from torch.nn import functional
 from robust_peft import keyed_random
 from robust_peft.attacks.pgd import PGD
 from robust_peft.attacks.suite import check_attack_name, components, make_attack
-from robust_peft.attacks.victim import Counted
+from robust_peft.attacks.victim import Counted, couples_batch
 from robust_peft.evaluation.checks.finding import FAILED, PASSED, WARNING
-from robust_peft.evaluation.precision import OwnPrecision, couples_batch
+from robust_peft.evaluation.precision import OwnPrecision
 from robust_peft.keyed_random import name_key
 from robust_peft.objectives import get_objective
 from robust_peft.results import mcnemar_p_value
