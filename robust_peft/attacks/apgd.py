@@ -141,7 +141,6 @@ class APGD:
             raise ValueError("targets were given to an untargeted attack; make it with targeted=True.")
         if len(images) == 0:
             return images.detach().clone()
-        images = images.detach()
         if keys is None:
             keys = keyed_random.fresh_keys(len(images), images.device)
         with as_victim(model), torch.no_grad():

@@ -532,7 +532,7 @@ def test_confirm_is_given_the_whole_batch_where_nobody_leaves() -> None:
     attack, keys = APGD(ThreatModel("linf", 0.3), steps=6, early_stop=False), keys_of(8)
     confirm = Asked({5: 2}, images, model, labels)
     adv_images = attack.perturb(model, images, labels, keys=keys, confirm=confirm)
-    assert confirm.positions == [list(range(8))] * len(confirm.positions) and len(confirm.positions) >= 3
+    assert confirm.positions == [list(range(8))] * len(confirm.positions) and 3 <= len(confirm.positions) < 7
     assert set(confirm.confirmed) == set(range(8))
     assert fooled(model, adv_images, labels).all()
 
@@ -581,16 +581,19 @@ def test_restarts_are_never_worse_than_one_start(norm: str, targeted: bool) -> N
         assert improved > 0 and 0 < fools.sum() < 40  # the comparison had something to compare
 
 
+class Noting(nn.Module):
+    """Keeps every batch that it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.seen = network(), []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(images.detach().clone())
+        return self.inner(images)
+
+
 def test_each_run_draws_its_own_start() -> None:
-    class Noting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.seen = network(), []
-
-        def forward(self, images: Tensor) -> Tensor:
-            self.seen.append(images.detach().clone())
-            return self.inner(images)
-
     model, (images, labels) = Noting(), some_images()
     threat, keys = ThreatModel("linf", 0.1), keys_of(6)
     attack = APGD(threat, targeted=True, restarts=2, num_targets=2, steps=1, early_stop=False)
@@ -644,18 +647,19 @@ class Alternating(nn.Module):
 
 
 @pytest.mark.parametrize("early_stop", [False, True])
-def test_passes_are_averaged(early_stop: bool) -> None:
+@pytest.mark.parametrize("norm", NORMS)
+def test_passes_are_averaged(norm: str, early_stop: bool) -> None:
     """Over two passes the noise cancels from gradients, objectives and predictions: a known answer."""
     model, images, labels = linear((17, 3, 2, 2))
-    threat, keys = ThreatModel("linf", 0.05), keys_of(17)
+    threat, keys = ThreatModel(norm, 0.05 if norm == "linf" else 0.15), keys_of(17)
 
     def found(victim: nn.Module, eot: int) -> Tensor:
         return APGD(threat, "margin", steps=6, eot=eot, early_stop=early_stop)(victim, images, labels, keys=keys)
 
     expected = found(model, 1)
-    assert torch.equal(found(Alternating(model), 2), expected)
-    assert torch.equal(found(Alternating(model), 4), expected)
-    assert not torch.equal(found(Alternating(model), 1), expected)
+    for eot in (2, 4):  # float64 rounding of the noise
+        assert_close(found(Alternating(model), eot), expected, rtol=0, atol=1e-12)
+    assert (found(Alternating(model), 1) - expected).abs().max() > 1e-3
     wrong = fooled(model, expected, labels)
     assert wrong.any() and not wrong.all()
     counted = Counted(Alternating(model))
@@ -690,28 +694,25 @@ def test_labels_play_no_part_in_the_divergence() -> None:
         assert (kl(model(adv_images), labels, clean_logits=clean_logits) > before).all()
 
 
-@pytest.mark.parametrize("objective", ["ce", "dlr", "margin", "kl"])
-def test_highest_objective_seen_comes_back(objective: str) -> None:
-    """Of those that fool, where any does."""
-
-    class Noting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.seen = network(), []
-
-        def forward(self, images: Tensor) -> Tensor:
-            self.seen.append(images.detach().clone())
-            return self.inner(images)
-
+@pytest.mark.parametrize(
+    ("objective", "targeted"),
+    [("ce", False), ("dlr", False), ("margin", False), ("kl", False), ("ce", True), ("dlr", True)],
+)
+def test_best_image_seen_comes_back(objective: str, targeted: bool) -> None:
+    """Highest objective, or margin where targets are compared, of those that fool where any does."""
     model, (images, labels) = Noting(), some_images(20)
-    attack = APGD(ThreatModel("l2", 0.2), objective, steps=12, early_stop=False)
+    attack = APGD(ThreatModel("l2", 0.2), objective, steps=12, targeted=targeted, early_stop=False)
     adv_images = attack(model, images, labels, keys=keys_of(20))
     plain = network().eval()
+    score = get_objective("margin" if targeted else objective)
     with torch.no_grad():
-        seen = torch.stack(model.seen[objective == "kl" :])  # [13, 20, ...]
+        seen = torch.stack(
+            model.seen[objective == "kl" or targeted :]
+        )  # without the clean images; [13 * runs, 20, ...]
+        assert len(seen) == 13 * (3 if targeted else 1)
         clean_logits = plain(images)
         logits = torch.stack([plain(look) for look in seen])
-        scores = torch.stack([get_objective(objective)(look, labels, clean_logits=clean_logits) for look in logits])
+        scores = torch.stack([score(look, labels, clean_logits=clean_logits) for look in logits])
     wrong = logits.argmax(dim=2) != labels
     if objective != "kl":
         scores = torch.where(wrong | ~wrong.any(dim=0), scores, -torch.inf)
@@ -805,10 +806,11 @@ def test_pixels_without_a_gradient_stay_and_the_others_go_on(value: float) -> No
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_slack_of_the_box_is_not_handed_on(norm: str) -> None:
-    model, labels = Linear(torch.zeros(4, 27)), torch.zeros(3, dtype=torch.int64)
-    images = torch.full((3, 3, 3, 3), 1 + 2e-6)
-    adv_images = APGD(ThreatModel(norm, 0.0), steps=1)(model, images, labels)
-    assert adv_images.max() <= 1
+    images, labels = torch.full((3, 3, 3, 3), 1 + 2e-6), torch.zeros(3, dtype=torch.int64)
+    for weight in (0.0, math.nan):  # NaN: there is no best image to give back
+        for objective in ("ce", "kl"):
+            attack = APGD(ThreatModel(norm, 0.0), objective, steps=1, early_stop=False)
+            assert attack(Linear(torch.full((4, 27), weight)), images, labels).max() <= 1
 
 
 @pytest.mark.parametrize("outside", [lambda x: x * 255, lambda x: x - 0.1, lambda x: x + 0.1, lambda x: x * torch.nan])
