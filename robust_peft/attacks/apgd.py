@@ -171,8 +171,6 @@ class APGD:
         for step in range(self.steps + 1):
             last = step == self.steps
             logits, objective, grad = self._look(model, climb.adv_images, self._score(climb, name), with_grad=not last)
-            # A NaN would never be the best, nor let anything be the best after it.
-            objective = torch.where(objective.isnan(), -torch.inf, objective)
             score = get_objective("margin")(logits, climb.labels) if by_margin else objective
             fools = self._fools(logits, climb, found, name, confirm)
             found.offer(climb.positions, climb.adv_images, fools, score)
@@ -352,7 +350,7 @@ class _Climb:
         )
 
     def note(self, objective: Tensor, grad: Tensor) -> None:
-        """What the look at ``adv_images`` said."""
+        """What the look at ``adv_images`` said. An objective of NaN is no rise and never the best."""
         self.rises = self.rises + (objective > self.objective)
         better = objective > self.best_objective
         self.best = torch.where(_per_row(better, grad), self.adv_images, self.best)

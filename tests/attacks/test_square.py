@@ -214,9 +214,9 @@ def l2_options(image: Tensor, best: Tensor, side: int, eps: float) -> list[Tenso
     channels, height, width = image.shape
     delta = best - image
     places = list(itertools.product(range(height - side + 1), range(width - side + 1)))
-    pattern = pattern_of(side)
+    whole = pattern_of(side)
     options = []
-    for (top, left), (other_top, other_left), pattern in itertools.product(places, places, (pattern, pattern.T)):
+    for (top, left), (other_top, other_left), pattern in itertools.product(places, places, (whole, whole.T)):
         one = (slice(top, top + side), slice(left, left + side))
         two = (slice(other_top, other_top + side), slice(other_left, other_left + side))
         both = torch.zeros(height, width, dtype=torch.bool)
@@ -398,7 +398,7 @@ def test_linf_optimum_of_a_linear_model_is_reached(box: Any) -> None:
 
 
 class LinearWithLead(nn.Module):
-    """Two linear logits, the first of which leads by ``lead`` at each of the images; a sample is the nearest image's."""
+    """Two linear logits, the first `lead` ahead at each of the images; a sample belongs to the nearest image."""
 
     def __init__(self, weight: Tensor, images: Tensor, lead: Tensor) -> None:
         super().__init__()
