@@ -74,7 +74,7 @@ def test_a_run_folder_is_complete_and_gives_the_trained_model_back(small, tmp_pa
     assert result.finished and result.fit.steps == 8
     written = {path.name for path in (tmp_path / "run").iterdir()}
     weights = "model.safetensors" if method == "full" else "adapter"
-    assert written == {"config.json", "metrics.jsonl", weights, "state", "evaluation.json", "README.md"}
+    assert written == {"config.json", "metrics.jsonl", weights, "state", "evaluation", "evaluation.json", "README.md"}
     description = json.loads((tmp_path / "run" / "config.json").read_text())
     assert description["versions"]["torch"] == metadata.version("torch")
     assert description["classes"] == list("abcd")
@@ -108,7 +108,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(small, tmp_path):
     resumed = rp.run(small, tmp_path / "pieces", resume=True, progress=False)
     assert resumed.finished
     torch.testing.assert_close(resumed.model(probe_images()), whole.model(probe_images()), rtol=0, atol=0)
-    assert resumed.report.to_dict() == whole.report.to_dict()
+    assert resumed.report == whole.report
 
 
 @pytest.mark.parametrize("head_init", ["random", "linear-probe", "robust-linear-probe", "keep"])

@@ -379,30 +379,33 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
 OFFICIAL_NORMS = {"linf": "Linf", "l2": "L2"}
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.065), ("l2", 0.38)])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.08), ("l2", 0.45)])
 @pytest.mark.parametrize("name", ["ce", "targeted dlr"])
 def test_as_many_stand_as_under_the_official_attack(
     trained: tuple[nn.Module, Tensor, Tensor], name: str, norm: str, eps: float
 ) -> None:
     model, images, labels = trained
-    kwargs: dict[str, Any] = dict(norm=OFFICIAL_NORMS[norm], eps=eps)
-    attack = (
-        APGDAttack_targeted(model, n_target_classes=4, **kwargs) if "targeted" in name else APGDAttack(model, **kwargs)
-    )
+    official_options: dict[str, Any] = dict(norm=OFFICIAL_NORMS[norm], eps=eps)
+    if name == "ce":
+        # Three restarts, because one start more or less lucky than the other's is worth a sample or two here.
+        official_attack = APGDAttack(model, n_restarts=3, **official_options)
+        attack = APGD(ThreatModel(norm, eps), "ce", restarts=3)
+    else:
+        official_attack = APGDAttack_targeted(model, n_target_classes=4, **official_options)
+        attack = APGD(ThreatModel(norm, eps), "dlr", targeted=True)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="there are .* points with zero gradient")
-        official = attack.perturb(images, labels)
-    threat = ThreatModel(norm, eps)
+        official = official_attack.perturb(images, labels)
+    threat = attack.threat
     assert threat.contains(official, images).all()
-    objective, targeted = name.split()[-1], "targeted" in name
-    adv_images = APGD(threat, objective, targeted=targeted)(model, images, labels, keys=keys_of(100))
+    adv_images = attack(model, images, labels, keys=keys_of(100))
     assert threat.contains(adv_images, images).all()
     ours, theirs = (100 - int(fooled(model, found, labels).sum()) for found in (adv_images, official))
     assert abs(ours - theirs) <= 1
     assert 20 < theirs < 95  # neither too weak to tell nor too strong
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.065), ("l2", 0.38)])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.08), ("l2", 0.45)])
 def test_run_is_the_official_one_from_the_same_start(
     trained: tuple[nn.Module, Tensor, Tensor], norm: str, eps: float
 ) -> None:
