@@ -2,7 +2,8 @@
 
 A run folder holds ``config.json`` (everything that was resolved, package versions, commit, hash of the checkpoint),
 ``metrics.jsonl``, ``adapter/`` (peft's own format, head included) or ``model.safetensors`` where everything was
-trained, ``state/`` (for resume), ``evaluation/`` and ``evaluation.json`` (verdicts), and ``README.md``. No pickle is needed to read a finished run.
+trained, ``state/`` (for resume), ``evaluation/`` and ``evaluation.json`` (verdicts), and ``README.md``. No pickle is
+needed to read a finished run.
 """
 
 from __future__ import annotations
