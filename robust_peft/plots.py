@@ -157,7 +157,7 @@ def plot_accuracies(
     *,
     x_label: str,
     title: str,
-    mark: float | None = None,
+    mark: tuple[float, str] | None = None,
 ) -> Path:
     """Draw named lines of accuracies, each with its 95 % interval.
 
@@ -166,7 +166,7 @@ def plot_accuracies(
         path: The picture's path; its ending (png, svg, pdf) is the format.
         x_label: What x is.
         title: Above the figure.
-        mark: A value of x to point out with a line.
+        mark: A value of x to point out with a line, and what it is.
 
     Raises:
         ValueError: If there is nothing to draw.
@@ -183,7 +183,7 @@ def plot_accuracies(
             color=colour, markersize=5, linewidth=1.5, elinewidth=1, capsize=2, label=name,
         )  # fmt: skip
     if mark is not None:
-        axes.axvline(mark, color="0.5", linestyle="--", linewidth=1, label=f"{mark:.3g}")
+        axes.axvline(mark[0], color="0.5", linestyle="--", linewidth=1, label=mark[1])
     totals = sorted({accuracy.total for points in series.values() for _, accuracy in points})
     axes.set_xlabel(x_label)
     axes.set_ylabel(f"accuracy (%), n={', '.join(map(str, totals))}")

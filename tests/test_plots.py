@@ -44,9 +44,9 @@ def test_panels_share_their_steps_and_name_their_lines_once(tmp_path):
 
 def test_accuracies_have_their_counts_and_their_mark(tmp_path):
     points = [(0.0, Accuracy(90, 100)), (0.1, Accuracy(0, 100))]
-    path = plot_accuracies({"PGD": points}, tmp_path / "a.svg", x_label="budget", title="t", mark=0.05)
+    path = plot_accuracies({"PGD": points}, tmp_path / "a.svg", x_label="budget", title="t", mark=(0.05, "here"))
     text = path.read_text(encoding="utf-8")
-    for words in ("accuracy (%), n=100", "budget", "PGD", "0.05"):
+    for words in ("accuracy (%), n=100", "budget", "PGD", "here"):
         assert f"<!-- {words} -->" in text
 
 

@@ -194,7 +194,7 @@ class Audit:
                 folder / BUDGETS_PICTURE,
                 x_label=f"budget ({norm}, pixels in [0, 1])",
                 title=self.data,
-                mark=self.threat.eps,
+                mark=(self.threat.eps, f"audited, {self.threat}"),
             )
             lines += [f"![Accuracy against the budget, with 95 % intervals]({BUDGETS_PICTURE})", ""]
         return lines
