@@ -1,0 +1,1 @@
+"""Many runs at once: the paper's experiments, and figures over run folders."""
