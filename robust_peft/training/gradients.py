@@ -5,6 +5,10 @@ each. The order matters: the operator is nonlinear, so gradients are averaged ov
 combined second (DistributedDataParallel would average too late, or not at all: `torch.autograd.grad` goes past its
 hooks). Frozen parameters have no place in the buffer, so nothing can be misaligned as in the official code, which
 flattens the parameters that have a gradient and writes back over all.
+
+Each parameter's piece lies in the parameter's own memory order (channels_last, say), so that gradients are added, and
+read by a fused optimizer, element beside element. A fused optimizer does not look at strides: given a gradient in
+another order, it steps every weight by some other weight's gradient.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ class GradientPair:
             raise ValueError("The model has no trainable parameter; robust_peft.attach makes some.")
         self.parameters = [parameter for _, parameter in parameters]
         self.sizes = [parameter.numel() for parameter in self.parameters]
+        # Strides with gaps or overlaps have no place in a buffer without: empty_like does not take them over.
+        self._strides = [torch.empty_like(parameter, device="meta").stride() for parameter in self.parameters]
         device = self.parameters[0].device
         double = any(parameter.dtype == torch.float64 for parameter in self.parameters)
         dtype = torch.float64 if double else torch.float32
@@ -49,10 +55,7 @@ class GradientPair:
         self._flat = torch.zeros(rows * size + extras, device=device, dtype=dtype)
         self.rows = self._flat[: rows * size].view(rows, size)
         self.extras = self._flat[rows * size :]
-        self._views = [
-            [view.view_as(parameter) for view, parameter in zip(row.split(self.sizes), self.parameters, strict=True)]
-            for row in self.rows
-        ]
+        self._views = [self._pieces(row) for row in self.rows]
         self.update = torch.zeros(size, device=device, dtype=dtype)
         self._measured: list[int] | None = None
         if measured is not None:
@@ -100,12 +103,19 @@ class GradientPair:
 
     def write(self) -> None:
         """Make the update each parameter's ``.grad``."""
-        for parameter, part in zip(self.parameters, self.update.split(self.sizes), strict=True):
-            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+        for parameter, piece in zip(self.parameters, self._pieces(self.update), strict=True):
+            parameter.grad = piece.to(parameter.dtype)
 
     def flat_parameters(self) -> Tensor:
-        """A copy of the trainable parameters, of shape `[P]`."""
-        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters]).to(self.update.dtype)
+        """A copy of the trainable parameters, of shape `[P]`, in the order of the update."""
+        flat = torch.empty_like(self.update)
+        torch._foreach_copy_(self._pieces(flat), [parameter.detach() for parameter in self.parameters])
+        return flat
+
+    def _pieces(self, flat: Tensor) -> list[Tensor]:
+        """Views of a tensor of shape `[P]`, each of the shape and in the memory order of its parameter."""
+        parts = zip(flat.split(self.sizes), self.parameters, self._strides, strict=True)
+        return [piece.as_strided(parameter.shape, strides) for piece, parameter, strides in parts]
 
 
 def _inner_products(rows: Tensor) -> Tensor:

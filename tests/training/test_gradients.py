@@ -3,6 +3,7 @@
 import pytest
 import torch
 from builders import tiny_adapted, tiny_attack, tiny_images
+from torch import nn
 from torch.nn import functional
 
 import robust_peft as rp
@@ -95,6 +96,46 @@ def test_write_puts_each_slice_where_it_belongs():
         assert torch.equal(parameter.grad, expected)
         start += parameter.numel()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def convolutions():
+    """Two layers and a head; kernels of 3 x 3 and of 1 x 1, of which the latter's memory order is ambiguous."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(54, 3)).double()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_channels_last_weights_are_stepped_by_their_own_gradients(fused):
+    """As weights in the usual order; a fused optimizer takes gradients as they lie in memory."""
+    images, labels = torch.rand(5, 3, 5, 5, generator=torch.Generator().manual_seed(0)).double(), torch.arange(5) % 3
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = convolutions().to(memory_format=layout)
+        pair = GradientPair(trainable(model))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, fused=fused)
+        for _ in range(2):
+            pair.clear()
+            for row, seen in enumerate((images, 1 - images)):
+                pair.add(row, functional.cross_entropy(model(seen), labels, reduction="sum"))
+            update = pair.combine(rp.surgery.ConflictAware(gamma=0.8)(pair.gramian("tensor"))).clone()
+            before = pair.flat_parameters()
+            pair.write()
+            assert all(p.grad.stride() == p.stride() for p in model.parameters())
+            optimizer.step()
+            change = pair.flat_parameters() - before
+        found.append((list(model.parameters()), pair.gramian(), update.sort().values, change.sort().values))
+    assert not found[1][0][0].is_contiguous()  # so that it is a test
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+def test_weights_with_gaps_in_memory_are_written_to_as_well():
+    parameter = nn.Parameter(torch.arange(12.0).view(3, 4)[:, ::2])
+    pair = GradientPair([("gaps", parameter)], rows=1)
+    pair.add(0, (parameter * torch.arange(6.0).view(3, 2)).sum())
+    pair.update.copy_(pair.rows[0])
+    pair.write()
+    assert torch.equal(parameter.grad, torch.arange(6.0).view(3, 2))
+    assert torch.equal(pair.flat_parameters(), parameter.detach().flatten())
 
 
 def test_step_is_algorithm_1_on_the_flattened_vectors():
