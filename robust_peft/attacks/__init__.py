@@ -7,6 +7,7 @@ from robust_peft.attacks.pgd import FGSM, PGD
 from robust_peft.attacks.square import Square
 from robust_peft.attacks.suite import ENTRIES, SUITES, check_attack_name, components, make_attack
 from robust_peft.attacks.targeted import TargetedPGD
+from robust_peft.attacks.training import SOLVERS, Solver, make_solver
 from robust_peft.attacks.transfer import Transfer
 from robust_peft.attacks.victim import Counted, as_victim
 
@@ -18,10 +19,12 @@ __all__ = [
     "FGSM",
     "MIFGSM",
     "PGD",
+    "SOLVERS",
     "SUITES",
     "AutoAttack",
     "CarliniWagner",
     "Counted",
+    "Solver",
     "Square",
     "TargetedPGD",
     "Transfer",
@@ -29,4 +32,5 @@ __all__ = [
     "check_attack_name",
     "components",
     "make_attack",
+    "make_solver",
 ]

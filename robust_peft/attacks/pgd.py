@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robust_peft import keyed_random
 from robust_peft.attacks.victim import Confirm, as_victim, full_precision_logits
-from robust_peft.objectives import get_objective
+from robust_peft.objectives import Objective, get_objective
 from robust_peft.pixel_units import as_number, step_size_problem
 from robust_peft.threat import ThreatModel
 
@@ -28,13 +28,16 @@ class PGD:
         step_size: In the units of the pixels, a number or a fraction like "2/255". None: 2.5 eps / steps, which
             reaches the ball's surface from anywhere (Madry et al. 2018), but no more than 1.25 eps from a random start
             or eps from the image.
-        objective: "ce", "kl", "margin" or "dlr" (`robust_peft.objectives`). None: the training loss's own inside a
+        objective: "ce", "kl", "margin" or "dlr" (`robust_peft.objectives`). Where the DLR is undefined (fewer than 3
+            classes, targeted fewer than 4), "margin" stands in for "dlr". None: the training loss's own inside a
             `Trainer`, else "ce".
-        restarts: Independent random starts. The adversarial image kept is one that fools the model, if any does, and
-            among those the one with the highest objective.
+        restarts: Independent random starts, of which one image is kept.
         random_start: Start uniformly inside the ball instead of at the image.
         targeted: Move towards a target class: the ``targets`` of the call or, where none are given, the best class
             other than the label.
+        keep: "fooling": of several restarts' images one that fools the model, if any does, and among those the one with
+            the highest objective (for evaluation). "highest": the one with the highest objective, whatever the model
+            says of it (for training, which minimises over the maximum).
 
     Raises:
         ValueError: For a value out of range, several restarts without random start, or "kl" without a random start
@@ -48,10 +51,12 @@ class PGD:
     restarts: int = 1
     random_start: bool = True
     targeted: bool = False
+    keep: str = "fooling"
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, ThreatModel):
             raise ValueError(f"threat should be a ThreatModel. Found threat = {self.threat!r}.")
+        check_keep(self.keep)
         for name in ("steps", "restarts"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -122,7 +127,7 @@ class PGD:
         """As calling the attack, without the check of the pixel range (which waits for the device).
 
         ``objective`` stands in where the attack itself names none; a `Trainer` hands its loss's here. ``confirm``
-        (`attacks.victim`) decides which of several restarts fools.
+        (`attacks.victim`) decides which of several restarts fools; with ``keep="highest"`` nobody asks.
         """
         name = self.objective or objective or "ce"
         self._check_start(name)
@@ -139,7 +144,8 @@ class PGD:
                     targets = clean_logits.scatter(1, labels.unsqueeze(1), -torch.inf).argmax(dim=1)
 
             def score(logits: Tensor) -> Tensor:
-                return get_objective(name)(logits, labels, clean_logits=clean_logits, targets=targets)
+                objective = defined_objective(name, logits.shape[1], targeted=targets is not None)
+                return objective(logits, labels, clean_logits=clean_logits, targets=targets)
 
             best: Tensor | None = None
             best_fools = best_score = torch.empty(0)
@@ -153,7 +159,9 @@ class PGD:
                     # What is no number is no answer.
                     nothing = ~logits.isfinite().all(dim=1)
                     fools = (predictions == targets if targets is not None else predictions != labels) | nothing
-                    if confirm is not None:
+                    if self.keep == "highest":
+                        fools = torch.zeros_like(fools)
+                    elif confirm is not None:
                         # Asked about everybody: this model may be in another precision, and wrong about who is wrong.
                         fools = confirm(adv_images, torch.arange(len(images), device=images.device))
                     scores = score(logits)
@@ -187,6 +195,17 @@ class PGD:
             raise ValueError('objective "kl" needs random_start=True: its gradient at the clean image is zero.')
         if objective == "kl" and self.targeted:
             raise ValueError('objective "kl" has no targeted form; use "ce", "margin" or "dlr".')
+
+
+def defined_objective(name: str, num_classes: int, *, targeted: bool) -> Objective:
+    """The objective of that name, or "margin" for the DLR where it is undefined: it divides by the 3rd or 4th logit."""
+    return get_objective("margin" if name == "dlr" and num_classes < (4 if targeted else 3) else name)
+
+
+def check_keep(keep: str) -> None:
+    """ValueError unless an attack knows what ``keep`` means."""
+    if keep not in ("fooling", "highest"):
+        raise ValueError(f"keep should be fooling or highest. Found keep = {keep!r}.")
 
 
 def FGSM(  # named as the field writes it, beside PGD

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_peft import keyed_random
-from robust_peft.attacks import PGD
+from robust_peft.attacks import Solver
 from robust_peft.attacks.victim import full_precision_logits
 from robust_peft.losses import Loss
 from robust_peft.training.gradients import GradientPair
@@ -36,7 +36,7 @@ def add_gradients(
     batch: Batch,
     *,
     model: nn.Module,
-    attack: PGD,
+    attack: Solver,
     loss: Loss,
     loss_weights: tuple[float, float] | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
