@@ -13,6 +13,10 @@ from robust_peft.results import Accuracy
 # Told apart by shape as well as by colour, so that the figure survives a black-and-white printer; the colours are from
 # the colour-blind safe palette of Okabe and Ito.
 STYLES = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#E69F00"), ("P", "#56B4E9"))
+DASHES = ("-", "--", ":", "-.")
+FILLS = (("#56B4E9", ""), ("#D55E00", "//"), ("#F0E442", ".."), ("#009E73", "xx"))  # light and dark, plain and hatched
+CLOUDS = (("o", "#0072B2"), ("x", "#D55E00"), ("^", "#009E73"), ("+", "#000000"))
+NARROW = 5.0  # inches, so that the text is still legible when a phone shows the whole width
 
 
 @dataclass(frozen=True)
@@ -194,22 +198,174 @@ def plot_accuracies(
     return _save(figure, path)
 
 
+def plot_bars(
+    groups: Mapping[str, Mapping[str, Accuracy]],
+    path: str | Path,
+    *,
+    title: str,
+    x_label: str | None = None,
+    note: str | None = None,
+) -> Path:
+    """Draw accuracies as bars side by side, each with its 95 % interval and its figure.
+
+    Args:
+        groups: ``{group: {what: accuracy}}``, for example ``{"vanilla": {"standard": ..., "PGD-10": ...}}``; a group's
+            name is written under its bars, and what a bar is has one fill in all groups.
+        path: The picture's path; its ending (png, svg, pdf) is the format.
+        title: Above the figure.
+        x_label: What the groups are.
+        note: A line below the figure.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+        ImportError: Where matplotlib is missing; names the extra that brings it.
+    """
+    kinds = list(dict.fromkeys(kind for bars in groups.values() for kind in bars))
+    if not kinds:
+        raise ValueError("There are no bars to draw.")
+    figure, (axes,) = _new_figure(width=NARROW, height=4.2)
+    width = 0.8 / len(kinds)
+    few = len(groups) * len(kinds) <= 8
+    for place, kind in enumerate(kinds):
+        colour, hatch = FILLS[place % len(FILLS)]
+        shown = [(x, bars[kind]) for x, bars in enumerate(groups.values()) if kind in bars]
+        places = [x + (place - (len(kinds) - 1) / 2) * width for x, _ in shown]
+        whiskers = list(zip(*[_whiskers(accuracy) for _, accuracy in shown], strict=True))
+        axes.bar(
+            places, [100 * accuracy.accuracy for _, accuracy in shown], 0.94 * width, yerr=whiskers, color=colour,
+            hatch=hatch, edgecolor="black", linewidth=0.8, error_kw={"elinewidth": 1.2, "capsize": 3}, label=kind,
+        )  # fmt: skip
+        for x, (_, accuracy) in zip(places, shown, strict=True):
+            axes.annotate(
+                f"{100 * accuracy.accuracy:.1f}", (x, 100 * accuracy.interval[1]), xytext=(0, 3), textcoords="offset points", ha="center",
+                fontsize=10 if few else 8,
+            )  # fmt: skip
+    axes.set_xticks(range(len(groups)), list(groups))
+    totals = sorted({accuracy.total for bars in groups.values() for accuracy in bars.values()})
+    axes.set_ylabel(f"accuracy (%), n={', '.join(map(str, totals))}")
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", alpha=0.25)
+    if x_label is not None:
+        axes.set_xlabel(x_label)
+    figure.suptitle(title, fontsize=12)
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 if max(map(len, kinds)) > 20 else 2, frameon=False
+    )
+    if note is not None:
+        figure.supxlabel(note, fontsize=9)
+    return _save(figure, path)
+
+
+def plot_lines(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    path: str | Path,
+    *,
+    x_label: str,
+    title: str,
+    log: bool = False,
+    ticks: Sequence[float] | None = None,
+) -> Path:
+    """Draw named lines ``{name: (x, y)}`` in panels one above another that share x.
+
+    Args:
+        panels: ``{y label: {name: (x, y)}}``, the first panel on top. A line's style is that of its place in the panel.
+        path: The picture's path; its ending (png, svg, pdf) is the format.
+        x_label: What x is.
+        title: Above the figure.
+        log: Both axes logarithmic; what is not positive is left out.
+        ticks: Values of x to mark; None: matplotlib's choice.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+        ImportError: Where matplotlib is missing; names the extra that brings it.
+    """
+    if not any(panels.values()):
+        raise ValueError("There are no lines to draw.")
+    figure, rows = _new_figure(len(panels), width=NARROW, height=2.7 * len(panels) + 0.6)
+    names = [tuple(lines) for lines in panels.values()]
+    for place, (axes, (y_label, lines)) in enumerate(zip(rows, panels.items(), strict=True)):
+        if log:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+        for index, (name, (x, y)) in enumerate(lines.items()):
+            marker, colour = STYLES[index % len(STYLES)]
+            axes.plot(
+                x, y, marker=marker, linestyle=DASHES[index % len(DASHES)], color=colour, markersize=6, linewidth=1.8,
+                label=name,
+            )  # fmt: skip
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.25)
+        if place == 0 or names[place] != names[place - 1]:  # a legend where it says something new
+            axes.legend(loc="best", frameon=False, fontsize=9)
+    if ticks is not None:
+        rows[-1].set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
+        rows[-1].minorticks_off()
+    figure.suptitle(title, fontsize=12)
+    rows[-1].set_xlabel(x_label)
+    return _save(figure, path)
+
+
+def plot_scatter(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: str | Path, *, title: str
+) -> Path:
+    """Draw named clouds of points ``{name: [(x, y), ...]}`` in panels, two beside each other, without axes.
+
+    Args:
+        panels: ``{panel's title: {name: points}}``; a cloud's style is that of its place in the panel.
+        path: The picture's path; its ending (png, svg, pdf) is the format.
+        title: Above the figure.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+        ImportError: Where matplotlib is missing; names the extra that brings it.
+    """
+    if not any(panels.values()):
+        raise ValueError("There are no points to draw.")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, places = _new_figure(rows, columns, width=NARROW, height=2.4 * rows + 0.9, share_x=False)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (heading, clouds) in zip(places, panels.items(), strict=False):
+        for index, (name, points) in enumerate(clouds.items()):
+            marker, colour = CLOUDS[index % len(CLOUDS)]
+            # Hollow circles under small crosses: both are seen where they lie on one another, in grey too.
+            face = {"facecolors": "none"} if marker == "o" else {}
+            axes.scatter(
+                [x for x, _ in points], [y for _, y in points], s=16, marker=marker, linewidths=0.9, label=name,
+                **({"edgecolors": colour} | face if face else {"color": colour}),
+            )  # fmt: skip
+        axes.set_title(heading, fontsize=11)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.suptitle(title, fontsize=12)
+    handles, names = places[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, markerscale=1.6)
+    return _save(figure, path)
+
+
 def _whiskers(accuracy: Accuracy) -> tuple[float, float]:
     low, high = accuracy.interval
     return 100 * (accuracy.accuracy - low), 100 * (high - accuracy.accuracy)
 
 
-def _new_figure(rows: int = 1) -> tuple[Any, list[Any]]:
-    """A figure, and its axes from top to bottom, which share x."""
+def _new_figure(
+    rows: int = 1, columns: int = 1, *, width: float = 6.4, height: float | None = None, share_x: bool = True
+) -> tuple[Any, list[Any]]:
+    """A figure of that size in inches, and its axes by rows from top to bottom, which share x."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Figures need matplotlib: pip install "robust_peft[plots]".') from error
+    if height is None:
+        height = 4.8 if rows == 1 else 2.4 * rows
     # Without pyplot, which would keep every figure alive and choose a backend for the whole process.
-    figure = Figure(figsize=(6.4, 4.8 if rows == 1 else 2.4 * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    return figure, list(figure.subplots(rows, columns, sharex=share_x, squeeze=False).flat)
 
 
 def _save(figure: Any, path: str | Path) -> Path:
