@@ -1,7 +1,7 @@
 """Auto-PGD: gradient ascent with momentum whose step size each sample halves for itself when it no longer gains.
 
 Croce and Hein 2020 (arXiv:2003.01690), section 3 and Algorithm 1; targets and objectives as in their section 4. Serves
-evaluation (``early_stop``) and, with ``early_stop=False`` and ``keep="highest"``, training.
+evaluation (``early_stop``) and, with ``early_stop=False`` and ``fooling_first=False``, training.
 
 Differs from the official implementation in these: the start is uniform in the ball, not on its surface; the first
 objective of the run is compared with that of the start, not with 0; over several passes (``eot``) objective and logits
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_peft import keyed_random
-from robust_peft.attacks.pgd import check_keep, defined_objective
+from robust_peft.attacks.pgd import defined_objective
 from robust_peft.attacks.victim import Confirm, as_victim, full_precision_logits
 from robust_peft.objectives import get_objective
 from robust_peft.threat import ThreatModel
@@ -47,13 +47,13 @@ class APGD:
             Which samples are fooled is the same.
         rho: The step size is halved where no more than this share of the steps since the last checkpoint raised the
             objective.
-        keep: "fooling": an image that fools the model, if any was seen, comes before one with a higher objective (for
-            evaluation). "highest": the highest objective of all seen, whatever the model says of it (for training,
-            which minimises over the maximum); needs ``early_stop=False``.
+        fooling_first: An image that fools the model, if any was seen, comes before one with a higher objective (for
+            evaluation). False: the highest objective of all seen, whatever the model says of it (for training, which
+            minimises over the maximum); needs ``early_stop=False``.
 
     Raises:
-        ValueError: For a value out of range, "kl" with targets, ``num_targets`` without ``targeted``, or "highest" with
-            ``early_stop``.
+        ValueError: For a value out of range, "kl" with targets, ``num_targets`` without ``targeted``, or
+            ``fooling_first=False`` with ``early_stop``.
     """
 
     threat: ThreatModel
@@ -65,7 +65,7 @@ class APGD:
     eot: int = 1
     early_stop: bool = True
     rho: float = 0.75
-    keep: str = "fooling"
+    fooling_first: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, ThreatModel):
@@ -74,7 +74,7 @@ class APGD:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} should be an integer of at least 1. Found {name} = {value!r}.")
-        for name in ("targeted", "early_stop"):
+        for name in ("targeted", "early_stop", "fooling_first"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name} should be True or False. Found {name} = {value!r}.")
@@ -83,9 +83,8 @@ class APGD:
         if self.objective is not None:
             get_objective(self.objective)
         self._check_objective(self.objective)
-        check_keep(self.keep)
-        if self.keep == "highest" and self.early_stop:
-            raise ValueError('keep="highest" needs early_stop=False: a sample that leaves has not reached its highest.')
+        if not self.fooling_first and self.early_stop:
+            raise ValueError("fooling_first=False needs early_stop=False: who leaves early has not seen its highest.")
         if not self.targeted and self.num_targets != type(self).num_targets:
             raise ValueError(f"num_targets should come with targeted=True. Found num_targets = {self.num_targets}.")
 
@@ -116,7 +115,7 @@ class APGD:
 
         Returns:
             Images of the shape and dtype of ``images``, inside ball and box. Per sample one that fools the model where
-            one was found; otherwise, between several that do, and always with ``keep="highest"``, the one with the
+            one was found; otherwise, between several that do, and always with ``fooling_first=False``, the one with the
             highest objective of all seen, or the highest margin where several targets were tried. With "kl" and
             ``early_stop=False`` labels play no part: the highest divergence.
 
@@ -141,8 +140,8 @@ class APGD:
 
         ``objective`` stands in where the attack itself names none; a `Trainer` hands its loss's here. ``confirm``
         (`attacks.victim`) decides who is fooled among those that ``model`` gets wrong, the others are attacked on;
-        with ``early_stop=False`` it is given the whole batch, and answers are waited for. With ``keep="highest"``
-        nobody asks.
+        with ``early_stop=False`` it is given the whole batch, and answers are waited for. It is not asked with
+        ``fooling_first=False``.
         """
         name = self.objective or objective or "ce"
         get_objective(name)
@@ -239,7 +238,7 @@ class APGD:
     def _fools(self, logits: Tensor, climb: _Climb, found: _Found, name: str, confirm: Confirm | None) -> Tensor:
         """Who is fooled in the end, a bool tensor of shape `[b]`."""
         fools = (logits.argmax(dim=1) != climb.labels) | ~logits.isfinite().all(dim=1)
-        if self.keep == "highest" or (not self.early_stop and name == "kl"):
+        if not self.fooling_first or (not self.early_stop and name == "kl"):
             return torch.zeros_like(fools)
         if confirm is None:
             return fools

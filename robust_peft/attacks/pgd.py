@@ -35,8 +35,8 @@ class PGD:
         random_start: Start uniformly inside the ball instead of at the image.
         targeted: Move towards a target class: the ``targets`` of the call or, where none are given, the best class
             other than the label.
-        keep: "fooling": of several restarts' images one that fools the model, if any does, and among those the one with
-            the highest objective (for evaluation). "highest": the one with the highest objective, whatever the model
+        fooling_first: Of several restarts, keep an image that fools the model, if any does, and among those the one
+            with the highest objective (for evaluation). False: the one with the highest objective, whatever the model
             says of it (for training, which minimises over the maximum).
 
     Raises:
@@ -51,12 +51,11 @@ class PGD:
     restarts: int = 1
     random_start: bool = True
     targeted: bool = False
-    keep: str = "fooling"
+    fooling_first: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, ThreatModel):
             raise ValueError(f"threat should be a ThreatModel. Found threat = {self.threat!r}.")
-        check_keep(self.keep)
         for name in ("steps", "restarts"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -127,7 +126,7 @@ class PGD:
         """As calling the attack, without the check of the pixel range (which waits for the device).
 
         ``objective`` stands in where the attack itself names none; a `Trainer` hands its loss's here. ``confirm``
-        (`attacks.victim`) decides which of several restarts fools; with ``keep="highest"`` nobody asks.
+        (`attacks.victim`) decides which of several restarts fools; it is not asked without ``fooling_first``.
         """
         name = self.objective or objective or "ce"
         self._check_start(name)
@@ -159,7 +158,7 @@ class PGD:
                     # What is no number is no answer.
                     nothing = ~logits.isfinite().all(dim=1)
                     fools = (predictions == targets if targets is not None else predictions != labels) | nothing
-                    if self.keep == "highest":
+                    if not self.fooling_first:
                         fools = torch.zeros_like(fools)
                     elif confirm is not None:
                         # Asked about everybody: this model may be in another precision, and wrong about who is wrong.
@@ -200,12 +199,6 @@ class PGD:
 def defined_objective(name: str, num_classes: int, *, targeted: bool) -> Objective:
     """The objective of that name, or "margin" for the DLR where it is undefined: it divides by the 3rd or 4th logit."""
     return get_objective("margin" if name == "dlr" and num_classes < (4 if targeted else 3) else name)
-
-
-def check_keep(keep: str) -> None:
-    """ValueError unless an attack knows what ``keep`` means."""
-    if keep not in ("fooling", "highest"):
-        raise ValueError(f"keep should be fooling or highest. Found keep = {keep!r}.")
 
 
 def FGSM(  # named as the field writes it, beside PGD

@@ -107,8 +107,8 @@ def make_solver(
     if name.endswith("-dlr"):
         given["objective"] = "dlr"
     if name.startswith("pgd"):
-        return PGD(threat, **given, keep="highest")
+        return PGD(threat, **given, fooling_first=False)
     given = {"steps": 10, "objective": None} | given
     if name == "t-apgd-dlr":
         given = {"num_targets": 1, "targeted": True} | given
-    return APGD(threat, **given, early_stop=False, keep="highest")
+    return APGD(threat, **given, early_stop=False, fooling_first=False)

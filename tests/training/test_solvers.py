@@ -140,7 +140,7 @@ def test_highest_objective_comes_before_a_fooled_model(name: str) -> None:
     labels, keys = torch.zeros(32, dtype=torch.int64), keyed_random.sample_keys(0, 0, torch.arange(32))
     options: dict[str, Any] = {"steps": 1, "step_size": 0.1, "restarts": 4} if name == "pgd" else {"steps": 4}
     solver = make_solver(name, threat, **options)
-    assert solver.keep == "highest"
+    assert not solver.fooling_first
     highest = solver.perturb(Dipping(), images, labels, keys=keys).flatten()
     if name == "pgd":
         starts = [threat.random_start(images, keyed_random.derive(keys, restart)).flatten() for restart in range(4)]
@@ -257,7 +257,7 @@ def test_margin_stands_in_where_the_dlr_is_undefined(name: str, least: int) -> N
                 targeted=solver.targeted,
                 num_targets=solver.num_targets if solver.targeted else 9,
                 early_stop=False,
-                keep="highest",
+                fooling_first=False,
             )
         same = torch.equal(*(each.perturb(model, images, labels, keys=keys) for each in (solver, margin)))
         assert same == (classes < least)
@@ -345,15 +345,15 @@ def test_two_steps_of_training(name: str, norm: str) -> None:
 
 def test_each_name_is_its_attack() -> None:
     threat = THREATS["l2"]
-    assert make_solver("pgd", threat) == PGD(threat, 10, keep="highest")
+    assert make_solver("pgd", threat) == PGD(threat, 10, fooling_first=False)
     assert make_solver("pgd", threat, steps=7, step_size="2/255", restarts=2, objective="kl") == PGD(
-        threat, 7, "2/255", "kl", 2, keep="highest"
+        threat, 7, "2/255", "kl", 2, fooling_first=False
     )
-    assert make_solver("pgd", threat, random_start=False) == PGD(threat, random_start=False, keep="highest")
+    assert make_solver("pgd", threat, random_start=False) == PGD(threat, random_start=False, fooling_first=False)
     assert make_solver("fgsm", threat) == rp.attacks.FGSM(threat)
     assert make_solver("fgsm", threat, random_start=True, step_size=0.1) == PGD(threat, 1, 0.1)
-    assert make_solver("pgd-dlr", threat, steps=3) == PGD(threat, 3, objective="dlr", keep="highest")
-    training: dict[str, Any] = {"early_stop": False, "keep": "highest"}
+    assert make_solver("pgd-dlr", threat, steps=3) == PGD(threat, 3, objective="dlr", fooling_first=False)
+    training: dict[str, Any] = {"early_stop": False, "fooling_first": False}
     assert make_solver("apgd", threat) == make_solver("autopgd", threat) == APGD(threat, None, 10, **training)
     assert make_solver("apgd", threat, objective="kl", restarts=2) == APGD(threat, "kl", 10, 2, **training)
     assert make_solver("autopgd-dlr", threat, steps=5) == APGD(threat, "dlr", 5, **training)
@@ -390,9 +390,8 @@ def test_unknown_names_are_refused(name: Any) -> None:
     assert f"Found solver = {name!r}" in str(error.value) and all(known in str(error.value) for known in SOLVERS)
 
 
-def test_what_is_kept_is_one_of_two() -> None:
-    with pytest.raises(ValueError, match='keep="highest" needs early_stop=False'):
-        APGD(THREATS["l2"], keep="highest")
-    for attack in (PGD, APGD):
-        with pytest.raises(ValueError, match="keep should be fooling or highest. Found keep = 'best'"):
-            attack(THREATS["l2"], keep="best")
+def test_highest_objective_is_for_attacks_that_go_on() -> None:
+    with pytest.raises(ValueError, match="fooling_first=False needs early_stop=False"):
+        APGD(THREATS["l2"], fooling_first=False)
+    with pytest.raises(ValueError, match="Found fooling_first = 'no'"):
+        APGD(THREATS["l2"], fooling_first="no")  # type: ignore[arg-type]
