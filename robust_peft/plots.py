@@ -237,8 +237,8 @@ def plot_bars(
         )  # fmt: skip
         for x, (_, accuracy) in zip(places, shown, strict=True):
             axes.annotate(
-                f"{100 * accuracy.accuracy:.1f}", (x, 100 * accuracy.interval[1]), xytext=(0, 3), textcoords="offset points", ha="center",
-                fontsize=10 if few else 8,
+                f"{100 * accuracy.accuracy:.1f}", (x, 100 * accuracy.interval[1]), xytext=(0, 3),
+                textcoords="offset points", ha="center", fontsize=10 if few else 8,
             )  # fmt: skip
     axes.set_xticks(range(len(groups)), list(groups))
     totals = sorted({accuracy.total for bars in groups.values() for accuracy in bars.values()})

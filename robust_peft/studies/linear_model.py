@@ -48,7 +48,7 @@ class LogisticRegression(nn.Module):
 
     def score(self, images: Tensor) -> Tensor:
         """f of shape `[B]`: positive for class 1."""
-        return images.flatten(1) @ self.weight + self.bias
+        return images.double().flatten(1) @ self.weight + self.bias
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """`log(1 + exp(-y f))` of shape `[B]` (paper, Eq. 13)."""
@@ -210,7 +210,7 @@ def exponent(budgets: list[float], values: list[float]) -> float:
 
 def _misfit(model: LogisticRegression, images: Tensor, labels: Tensor) -> Tensor:
     """s: the probability that the model gives the wrong class, of shape `[B]`."""
-    return torch.sigmoid(-signs(labels) * model.score(images.double()))
+    return torch.sigmoid(-signs(labels) * model.score(images))
 
 
 def _with_one(images: Tensor) -> Tensor:
