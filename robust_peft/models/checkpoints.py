@@ -1,25 +1,151 @@
-"""Weights from files into models: safetensors alone, so nothing of a file is ever executed."""
+"""Weights from files into models: safetensors or torch's format, and nothing of a file is ever executed."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import logging
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+
+from robust_peft.models.layouts import Loaded, arrange, copy_into, rows_named, unwrap
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # of files with weights
+
+# Plain values that training scripts save beside the weights; none of them does anything when it is built.
+_HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool")),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),  # as numpy 1 called it
+]
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The weights that a file holds, by the names that it gives them, on the CPU.
+
+    Of several sets of weights, the averaged one (EMA) is taken: it is what papers report.
+
+    Args:
+        path: safetensors, or what torch.save wrote; told apart by what is in it, not by its name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no weights (an HTML page, a truncated file, an optimizer's state), or anything but
+            tensors and plain values: such a file is refused, nothing of it executed.
+    """
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"The checkpoint {path} does not exist.")
+    refuse_foreign(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        content = _from_torch(path, zipped=start.startswith(b"PK"))
+    elif path.suffix == ".safetensors" or start[8:9] == b"{":
+        try:
+            content = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is no readable safetensors file: truncated, damaged or something else ({error})."
+            ) from error
+    else:
+        raise ValueError(
+            f"{path} is neither a safetensors file nor one that torch.save wrote. It begins with {start!r}."
+        )
+    try:
+        return unwrap(content)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}.") from error
+
+
+def refuse_foreign(path: Path) -> None:
+    """ValueError for what is often found under a name that promises weights: nothing at all, or a web page."""
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path} is empty (0 bytes); the download was cut off.")
+    with path.open("rb") as file:
+        start = file.read(4096)
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
+        title = re.search(r"<title[^>]*>\s*([^<]*?)\s*<", start.decode("utf-8", "replace"), re.IGNORECASE)
+        named = f' titled "{" ".join(title.group(1).split())}"' if title and title.group(1) else ""
+        raise ValueError(
+            f"{path} is an HTML page{named} of {size} bytes, not weights: sites that share files answer so when they "
+            "want a confirmation, or the file is gone. Fetch it in a browser."
+        )
+    if start.startswith(b"version https://git-lfs.github.com"):
+        raise ValueError(f"{path} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`.")
+
+
+def _from_torch(path: Path, *, zipped: bool) -> Any:
+    if zipped and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is truncated or damaged: a zip archive without its end ({path.stat().st_size} bytes)."
+        )
+    try:
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            # Mapped, not read: a head is looked up and weights are copied without a second copy in memory.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except UnpicklingError as error:
+        raise ValueError(f"{path} {_refused(path, error, zipped)}") from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, AttributeError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is truncated, damaged or not written by torch.save ({first_line}).") from error
+
+
+def _refused(path: Path, error: UnpicklingError, zipped: bool) -> str:
+    """Why a pickle is not read, from what it names; it is taken apart, not executed."""
+    names: list[str] = []
+    if zipped:
+        with torch.serialization.safe_globals(_HARMLESS):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    else:
+        # An old format, of which torch names the first it met.
+        names = re.findall(r"(?:GLOBAL|global) `?([\w.]+)", str(error))[:1]
+    modules = [name for name in names if name.startswith(("torch.nn.modules.", "timm.models.", "torchvision.models."))]
+    listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    if modules:
+        return (
+            f"is a whole pickled model ({listed}), which could only be read by executing it: refused. Save its weights "
+            "where it came from: torch.save(model.state_dict(), PATH)."
+        )
+    if not names:
+        first_line = (str(error).splitlines() or ["no reason given"])[0]
+        return f"is no pickle of plain tensors, or damaged: refused, nothing of it was executed ({first_line})."
+    return (
+        f"holds more than tensors and plain values ({listed}), which could execute code when read: refused, nothing of "
+        "it was executed. Save the state_dict alone where it came from."
+    )
 
 
 def rows_of(path: str | Path, key: str) -> int | None:
-    """How many rows a safetensors file's tensor of that name has: a head's class count. None where it is absent."""
-    if not Path(path).is_file():
-        return None  # load_weights says so
+    """How many rows a file's tensor of that name has, prefixes aside: a head's class count.
+
+    None where it is absent, or the file cannot be read: load_weights says so.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_slice(key).get_shape()[0] if key in file.keys() else None
-    except SafetensorError:
-        return None  # likewise
+        return rows_named(read_tensors(path), key)
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 def fingerprint_of_all(model: nn.Module) -> str:
@@ -41,47 +167,48 @@ def fingerprint(model: nn.Module, *, leave_out: str) -> str:
     return digest.hexdigest()
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Copy a safetensors file's weights into a model of the same architecture.
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Loaded:
+    """Copy a file's weights into a model of the same architecture.
 
-    A classifier head of another class count keeps its random weights; everything else has to fit.
+    Wrappers (``state_dict``, ``model``, ...; averaged weights first), prefixes (``module.``, ``model.``, ``1.``, ...),
+    normalisation layers, masks and counters are taken off; timm's own filter renames and resamples what older versions
+    of timm wrote, or what belongs to another image size. A classifier head of another class count keeps the model's
+    own weights, which is logged as a warning. Everything else has to fit.
 
     Args:
-        model: Where to; weights are cast to its dtype.
-        path: The file.
+        model: Where to; weights are cast to its dtype. It is changed as a whole or not at all.
+        path: safetensors, or a state dict by torch.save (.pth, .pt, .bin); see `read_tensors`.
+        mean: Mean of the normalisation in front of the model, compared with one in the file. None: not compared.
+        std: Its standard deviation, likewise.
+
+    Returns:
+        What was taken off, renamed or left out.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no safetensors file, or keys or shapes differ: they are counted, the first few named.
+        ValueError: If it holds no weights, or keys or shapes differ (they are counted, the first few named), or its
+            own normalisation is another one.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"The checkpoint {path} does not exist.")
+    tensors, wrapper, passed_over = _read(path)
     try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error}).") from error
-    own = model.state_dict()
-    # Two tensors of the right name and the wrong number of rows are a head for other classes.
-    other_head = {
-        key
-        for key, tensor in found.items()
-        if key in own and ("head" in key or "classifier" in key or key.startswith("fc"))
-        if tensor.shape != own[key].shape and tensor.shape[1:] == own[key].shape[1:]
-    }
-    missing = sorted(set(own) - set(found))
-    unexpected = sorted(set(found) - set(own))
-    misfit = sorted(k for k in set(own) & set(found) - other_head if own[k].shape != found[k].shape)
-    problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misfit))
-        if keys
-    ]
-    if problems:
-        raise ValueError(
-            f"{path} does not fit {type(model).__name__}: of its {len(own)} tensors {'; '.join(problems)}."
-        )
-    with torch.no_grad():
-        for key, tensor in own.items():
-            if key not in other_head:
-                tensor.copy_(found[key])
+        fitting, loaded = arrange(tensors, model, mean=mean, std=std)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}.") from error
+    copy_into(model, fitting)
+    loaded = replace(loaded, wrapper=wrapper, passed_over=passed_over)
+    _tell(path, loaded)
+    return loaded
+
+
+def _tell(path: Path, loaded: Loaded) -> None:
+    """Log what people have to know, once where several processes load the same."""
+    notice = loaded.notice()
+    if notice is not None and os.environ.get("RANK", "0") == "0":
+        logging.getLogger("robust_peft").warning("%s: %s.", path, notice)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -12,40 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from robust_peft.models.checkpoints import load_weights, rows_of
-from robust_peft.models.factory import SHAPE, build_module, split_name
+from robust_peft.models.checkpoints import SUFFIXES, load_weights, rows_of
+from robust_peft.models.downloads import cache_folder, check_hash, download
+from robust_peft.models.factory import build_module, split_name
 from robust_peft.models.micro_swin import MEAN, STD, micro_swin
 from robust_peft.models.normalize import Normalized
+from robust_peft.models.registry import ENTRIES, PublishedBackbone, published
 
 EMBEDDED_WEIGHTS = "micro_swin.safetensors"
 
-
-@dataclass(frozen=True)
-class ZooEntry:
-    """What a name stands for, as ``robust-peft zoo`` shows it."""
-
-    name: str
-    architecture: str
-    weights: str
-    preprocessing: str
-
-
-ENTRIES = (
-    ZooEntry(
-        "micro_swin",
-        "Swin, 3.1 M parameters, 32 px, convolutional stem, depths 2 and 6",
-        "in this package; trained adversarially on CIFAR-10, L-inf 8/255",
-        "CIFAR-10 mean and std inside the model",
-    ),
-    ZooEntry("timm/NAME", "any timm classifier", "timm's own, from the Hub", "timm's mean and std inside the model"),
-    ZooEntry("hf/NAME", "any transformers image classifier", "from the Hub", "its image processor's mean and std"),
-    ZooEntry(
-        SHAPE,
-        "what a function in a Python file of your own returns; the file is executed",
-        "the function's own, or --checkpoint",
-        "the model takes pixels in [0, 1]; a bare timm model gets timm's mean and std",
-    ),
-)
+# The module, its own mean and standard deviation, and the file with its weights where they are still to be loaded.
+Built = tuple[nn.Module, Sequence[float], Sequence[float], str | Path | None]
 
 
 def load_backbone(
@@ -60,54 +37,97 @@ def load_backbone(
     """A backbone behind its normalisation: pixels of shape `[B, C, H, W]` in [0, 1] to logits of shape `[B, K]`.
 
     Args:
-        name: "micro_swin" (embedded), "timm/NAME", "hf/NAME", "path/to/module.py:factory", or an nn.Module of one's
-            own that wants normalised images. A factory is a function without required arguments, or with arguments
-            named num_classes, checkpoint or image_size; its file is executed. What it returns maps pixels in [0, 1]
-            to logits (a bare timm model: normalised images, by its own mean and std).
+        name: "micro_swin" (embedded), a published robust one ("ares/swin_small", ... see `ENTRIES`), "timm/NAME",
+            "hf/NAME", "path/to/module.py:factory", or an nn.Module of one's own that wants normalised images. A factory
+            is a function without required arguments, or with arguments named num_classes, checkpoint or image_size; its
+            file is executed. What it returns maps pixels in [0, 1] to logits (a bare timm model: normalised images, by
+            its own mean and std).
         num_classes: Number of logits. Where it differs from the weights', the head is a new, random one. None: as the
             weights have it.
-        checkpoint: Local safetensors file with weights for the architecture, or "random" for none. A factory with an
-            argument of that name is handed it as it is.
+        checkpoint: Local file with weights for the architecture (safetensors, or a state dict by torch.save, in any
+            layout that `robust_peft.models.checkpoints.load_weights` understands), or "random" for none. None: the
+            published weights, downloaded once. A factory with an argument of that name is handed it as it is.
         mean: Mean of each channel in [0, 1] units; None: the backbone's own (a module without one: 0).
         std: Standard deviation of each channel; None: the backbone's own (a module without one: 1).
-        image_size: Pixels on each side, where the architecture is built for one; None: its own.
+        image_size: Pixels on each side, where the architecture is built for one; None: its own. Weights of timm
+            architectures are resampled by timm.
 
     Raises:
-        ValueError: For an unknown name, a checkpoint of another architecture, or a factory that fails or has no
-            argument for what is asked of it.
+        ValueError: For an unknown name, a checkpoint of another architecture or with a normalisation of its own that is
+            another one, an image_size that does not fit, or a factory that fails or has no argument for what is asked.
         FileNotFoundError: If the checkpoint or the factory's file does not exist.
         OSError: If weights cannot be downloaded.
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes should be at least 1. Found num_classes = {num_classes!r}.")
     if isinstance(name, nn.Module):
-        own_mean, own_std = _timm_statistics(name) or ((0.0,) * 3, (1.0,) * 3)
         if num_classes is not None or image_size is not None:
             raise ValueError("num_classes and image_size are for backbones by name; build your module as you want it.")
-        backbone = name
         if checkpoint == "random":
             raise ValueError('checkpoint="random" is for backbones by name; a module comes with the weights it has.')
-        if checkpoint is not None:
-            load_weights(backbone, checkpoint)
+        own_mean, own_std = _timm_statistics(name) or ((0.0,) * 3, (1.0,) * 3)
+        backbone, weights = name, checkpoint
     elif (found := split_name(name)) is not None:
-        backbone = _from_factory(*found, num_classes, checkpoint, image_size)
+        backbone, weights = _from_factory(*found, num_classes, checkpoint, image_size)
         # One entry stands for any number of channels, so that grey images stay grey.
         channels = next((len(given) for given in (mean, std) if given is not None), 1)
         own_mean, own_std = _timm_statistics(backbone) or ((0.0,) * channels, (1.0,) * channels)
-    elif name == "micro_swin":
-        backbone, own_mean, own_std = _embedded(num_classes, checkpoint, image_size)
-    elif name.startswith("timm/"):
-        backbone, own_mean, own_std = _from_timm(name.removeprefix("timm/"), num_classes, checkpoint, image_size)
-    elif name.startswith("hf/"):
-        backbone, own_mean, own_std = _from_hub(name.removeprefix("hf/"), num_classes, checkpoint, image_size)
     else:
-        raise ValueError(f"backbone should be {', '.join(entry.name for entry in ENTRIES)}. Found backbone = {name!r}.")
-    return Normalized(backbone, mean if mean is not None else own_mean, std if std is not None else own_std)
+        backbone, own_mean, own_std, weights = _by_name(name, num_classes, checkpoint, image_size)
+    model = Normalized(backbone, mean if mean is not None else own_mean, std if std is not None else own_std)
+    if weights is not None:
+        load_weights(backbone, weights, mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
+    return model
+
+
+def weights_file(name: str, checkpoint: str | Path | None = None) -> Path | None:
+    """The local file that a backbone's weights come from, as far as there is one: ``checkpoint``, or the cached file of
+    a published backbone once it has been downloaded. For records of what was used.
+    """
+    if checkpoint is not None:
+        return None if checkpoint == "random" else Path(checkpoint)
+    entry = published(name)
+    return cached if entry is not None and (cached := cached_file(entry)).is_file() else None
+
+
+def cached_file(entry: PublishedBackbone) -> Path:
+    """Where the file of a published backbone lies, or will."""
+    return cache_folder(entry.name.partition("/")[0]) / entry.file
+
+
+def _by_name(name: str, num_classes: int | None, checkpoint: str | Path | None, image_size: int | None) -> Built:
+    entry = published(name)
+    if name == "micro_swin":
+        return _embedded(num_classes, checkpoint, image_size)
+    if entry is not None:
+        return _from_publication(entry, num_classes, checkpoint, image_size)
+    if name.startswith("timm/"):
+        return _from_timm(name.removeprefix("timm/"), num_classes, checkpoint, image_size)
+    if name.startswith("hf/"):
+        return _from_hub(name.removeprefix("hf/"), num_classes, checkpoint, image_size)
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> ValueError:
+    if name in ("ares/swin_tiny", "swin_tiny"):
+        return ValueError(
+            "There is no robust Swin-T in public: nobody has published an adversarially trained one. The smallest "
+            'robust Swin is "ares/swin_small"; ordinary weights are "timm/swin_tiny_patch4_window7_224".'
+        )
+    if name.lower().endswith(SUFFIXES) or Path(name).is_file():
+        return ValueError(
+            f'{name} is a file with weights, which need an architecture: name="timm/NAME" (or another of the zoo), '
+            f'checkpoint="{name}".'
+        )
+    names = [entry.name for entry in ENTRIES]
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.7)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return ValueError(f"backbone should be {', '.join(names)}. Found backbone = {name!r}.{hint}")
 
 
 def _from_factory(
     path: Path, factory: str, num_classes: int | None, checkpoint: str | Path | None, image_size: int | None
-) -> nn.Module:
+) -> tuple[nn.Module, str | None]:
     options = {
         "num_classes": num_classes,
         "checkpoint": None if checkpoint is None else str(checkpoint),
@@ -125,28 +145,70 @@ def _from_factory(
         raise ValueError(
             f'{path}:{factory} takes no checkpoint, so that it cannot be told "random"; it gives the weights it has.'
         )
-    if weights is not None:
-        load_weights(backbone, str(weights))
-    return backbone
-
-
-Built = tuple[nn.Module, Sequence[float], Sequence[float]]
+    return backbone, None if weights is None else str(weights)
 
 
 def _embedded(num_classes: int | None, checkpoint: str | Path | None, image_size: int | None) -> Built:
     build = partial(micro_swin, image_size=image_size or 32)
     if checkpoint == "random":
-        return build(num_classes or 10), MEAN, STD
+        return build(num_classes or 10), MEAN, STD, None
     if checkpoint is not None:
-        model = build(num_classes or rows_of(checkpoint, "head.fc.weight") or 10)
-        load_weights(model, checkpoint)
-        return model, MEAN, STD
+        return build(num_classes or rows_of(checkpoint, "head.fc.weight") or 10), MEAN, STD, checkpoint
     if image_size not in (None, 32):
         raise ValueError(f"micro_swin's weights are for images of 32 pixels. Found image_size = {image_size}.")
     model = build(num_classes or 10)
     with resources.as_file(resources.files("robust_peft.models") / "weights" / EMBEDDED_WEIGHTS) as path:
         load_weights(model, path)
-    return model, MEAN, STD
+    return model, MEAN, STD, None
+
+
+def _from_publication(
+    entry: PublishedBackbone, num_classes: int | None, checkpoint: str | Path | None, image_size: int | None
+) -> Built:
+    import timm
+
+    if image_size is not None and (image_size < 1 or image_size % entry.size_step):
+        raise ValueError(
+            f"image_size of {entry.name} should be a multiple of {entry.size_step}, or left out for its own "
+            f"{entry.image_size}. Found image_size = {image_size}."
+        )
+    if checkpoint is None:
+        weights = _fetched(entry)
+    else:
+        weights = None if checkpoint == "random" else checkpoint
+        if weights is not None and Path(weights).name == entry.file and Path(weights).is_file():
+            check_hash(weights, entry.sha256)  # under another name it may be somebody's own
+    classes = num_classes
+    if classes is None and weights is not None:
+        classes = rows_of(weights, "head.fc.weight")
+    model = timm.create_model(
+        entry.architecture,
+        pretrained=False,
+        num_classes=classes or 1000,
+        img_size=image_size or entry.image_size,
+        pretrained_cfg_overlay=dict(
+            mean=entry.mean, std=entry.std, crop_pct=entry.crop_pct, interpolation=entry.interpolation
+        ),
+    )
+    return model, entry.mean, entry.std, weights
+
+
+def _fetched(entry: PublishedBackbone) -> Path:
+    """The file of a published backbone, from the cache or from where it is published."""
+    target = cached_file(entry)
+    try:
+        if target.is_file():
+            return target
+        if entry.url is None:
+            raise OSError("its page serves it to browsers alone")
+        return download(entry.url, target, sha256=entry.sha256)
+    except OSError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"The weights of {entry.name} are not at hand: {reason}. They are the file {entry.file} on {entry.page}, "
+            f"looked for as {target}. Put it there, or give a local copy as checkpoint= (--backbone.checkpoint PATH); "
+            'checkpoint="random" builds the architecture without weights.'
+        ) from error
 
 
 def _from_timm(name: str, num_classes: int | None, checkpoint: str | Path | None, image_size: int | None) -> Built:
@@ -156,21 +218,26 @@ def _from_timm(name: str, num_classes: int | None, checkpoint: str | Path | None
     if image_size is not None:
         options["img_size"] = image_size
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "none"
-        raise ValueError(f"timm has no model {name!r}. Names like it: {close}.")
+        close = difflib.get_close_matches(name, timm.list_models(), n=5)
+        close = close or timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        raise ValueError(f"timm has no model {name!r}. Names like it: {', '.join(close) or 'none'}.")
     try:
         model: Any = timm.create_model(name, pretrained=checkpoint is None, **options)
+    except TypeError as error:
+        if image_size is None or "img_size" not in str(error):
+            raise
+        raise ValueError(f"timm/{name} is not built for one image size; leave image_size out.") from error
     except (OSError, RuntimeError) as error:
         if checkpoint is not None:
             raise
         raise _no_download(f"timm/{name}", error) from error
-    if checkpoint is not None and checkpoint != "random":
-        classes = rows_of(checkpoint, f"{model.pretrained_cfg.get('classifier')}.weight")
-        if num_classes is None and classes is not None:
+    weights = None if checkpoint == "random" else checkpoint
+    if weights is not None and num_classes is None:
+        classes = rows_of(weights, f"{model.pretrained_cfg.get('classifier')}.weight")
+        if classes is not None and classes != model.num_classes:
             model.reset_classifier(classes)
-        load_weights(model, checkpoint)
     mean, std = _timm_statistics(model) or ((0.0,) * 3, (1.0,) * 3)
-    return model, mean, std
+    return model, mean, std, weights
 
 
 def _from_hub(name: str, num_classes: int | None, checkpoint: str | Path | None, image_size: int | None) -> Built:
@@ -195,9 +262,7 @@ def _from_hub(name: str, num_classes: int | None, checkpoint: str | Path | None,
             model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name, **options))
     except OSError as error:
         raise _no_download(f"hf/{name}", error) from error
-    if checkpoint is not None and checkpoint != "random":
-        load_weights(model, checkpoint)
-    return model, processor.image_mean, processor.image_std
+    return model, processor.image_mean, processor.image_std, None if checkpoint == "random" else checkpoint
 
 
 def _timm_statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:
@@ -210,8 +275,8 @@ def _timm_statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float]
 def _no_download(name: str, error: Exception) -> OSError:
     first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
     return OSError(
-        f"The weights of {name} could not be downloaded ({first_line}). With a local copy in safetensors, give it as "
-        'checkpoint=; checkpoint="random" builds the architecture without weights.'
+        f"The weights of {name} could not be downloaded ({first_line}). Give a local copy of the file as checkpoint= "
+        '(--backbone.checkpoint PATH); checkpoint="random" builds the architecture without weights.'
     )
 
 
