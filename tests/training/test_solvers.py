@@ -214,6 +214,22 @@ def test_nothing_waits_for_the_device(name: str, norm: str) -> None:
     assert mode.waits  # an early stop has to ask
 
 
+@each_norm
+@each_solver
+def test_channels_last_images_stay_so(name: str, norm: str) -> None:
+    """Every pass sees them in the layout in which a GPU's convolutions are fast."""
+    model, (images, labels, keys) = network(), some_images()
+    seen: list[bool] = []
+    expected = solver_for(name, norm).perturb(model, images, labels, keys=keys)
+    model.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    images = images.contiguous(memory_format=torch.channels_last)
+    found = solver_for(name, norm).perturb(model, images, labels, keys=keys)
+    assert seen and all(seen) and found.is_contiguous(memory_format=torch.channels_last)
+    assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 # The loss's objective, and too few classes
 
 
