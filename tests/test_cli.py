@@ -20,12 +20,15 @@ BAD = [
     (["--evaluation.attacks", "clean", "deepfool"], "attack should be one of clean, fgsm, pgd-K"),
     (["--surgery.gama", "0.8"], "Unrecognized options: --surgery.gama"),
     (["--optim.lr", "fast"], "Error parsing --optim.lr"),
-    (["--data.name", "imagenet"], "data.name should be one of digits, parquet. Found name = 'imagenet'."),
+    (
+        ["--data.name", "imagenet"],
+        "data.name should be one of digits, cub200, ",
+    ),
     (["--data.name", "parquet"], "needs data.train"),
     (["--data.name", "parquet", "--data.train", "nowhere.parquet"], "nowhere.parquet does not exist"),
     (
         ["--backbone.name", "resnet"],
-        "backbone should be micro_swin, timm/NAME, hf/NAME, path/to/module.py:factory. Found backbone = 'resnet'.",
+        "backbone should be micro_swin, ares/swin_small, ",
     ),
     (["--resume"], "holds no run to resume"),
     (["--resume", "--overwrite"], "resume and overwrite exclude each other"),

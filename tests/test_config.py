@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 
 from robust_peft import config as configs
+from robust_peft.attacks import SOLVERS
 from robust_peft.config import (
     AttackConfig,
+    LossConfig,
     RunConfig,
     SurgeryConfig,
     ValidationConfig,
@@ -14,6 +16,7 @@ from robust_peft.config import (
     from_dict,
     to_dict,
 )
+from robust_peft.losses import LOSSES
 from robust_peft.presets import PRESETS, get_preset
 from robust_peft.surgery import SURGERIES
 
@@ -37,11 +40,27 @@ def test_surgery_parameters_are_those_of_the_methods():
         assert set(configs.SURGERY_PARAMETERS[name]) == {field.name for field in dataclasses.fields(method)}
 
 
-@pytest.mark.parametrize("part", ["surgery", "adapter", "attack", "optim"])
+def test_parameters_are_those_of_the_losses_and_solvers():
+    assert set(configs.LOSS_PARAMETERS) == set(LOSSES)
+    for name, loss in LOSSES.items():
+        assert set(configs.LOSS_PARAMETERS[name]) == {field.name for field in dataclasses.fields(loss)}
+    assert configs.ATTACK_PARAMETERS == SOLVERS
+
+
+@pytest.mark.parametrize("part", ["surgery", "adapter", "attack", "optim", "loss"])
 def test_every_foreign_parameter_is_refused(part):
     (_, field, table) = next(row for row in configs.METHOD_PARAMETERS if row[0] == part)
     kind = type(getattr(RunConfig(), part))
-    values = {"rescale": "none", "activation": "relu", "blocks": (0,), "nesterov": True}
+    values = {
+        "rescale": "none",
+        "activation": "relu",
+        "blocks": (0,),
+        "nesterov": True,
+        "pairing": "logits",
+        "objective": "ce",
+        "random_start": True,
+        "step_size": "1/255",
+    }
     refused = 0
     for method, own in table.items():
         for parameter in sorted({p for names in table.values() for p in names} - set(own)):
@@ -60,7 +79,7 @@ def test_every_foreign_parameter_is_refused(part):
         ({"attack": AttackConfig(steps=0)}, "steps should be finite and at least 1"),
         ({"attack": AttackConfig(step_size="0")}, "step_size should be a positive number"),
         ({"attack": AttackConfig(objective="kl", random_start=False)}, "kl.*needs a random start"),
-        ({"attack": AttackConfig(name="fgsm"), "loss": "trades"}, "trades.*needs a random start"),
+        ({"attack": AttackConfig(name="fgsm"), "loss": LossConfig(name="trades")}, "trades.*needs a random start"),
         ({"attack": AttackConfig(restarts=2, random_start=False)}, "restarts without random_start"),
         ({"measure_conflict": False}, "'ca-at' needs measure_conflict"),
         ({"validation": ValidationConfig(keep="best", every=0)}, "needs validations"),

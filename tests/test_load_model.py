@@ -12,6 +12,7 @@ from robust_peft.config import AdapterConfig, AttackConfig, BackboneConfig, Eval
 from robust_peft.data import Splits
 from robust_peft.models import zoo
 from robust_peft.models.micro_swin import micro_swin
+from robust_peft.runs import parts as run_parts
 
 
 def refusal(source, kind=ValueError, **options):
@@ -31,7 +32,7 @@ def run_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(zoo, "micro_swin", narrow)
     noise = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     images = rp.data.ImageSet(noise, torch.tensor([0, 1, 2, 0]), tuple("abc"), "noise")
-    monkeypatch.setattr(runs, "digits", lambda: Splits(images, None, None))
+    monkeypatch.setattr(run_parts, "load_splits", lambda name, **_: Splits(images, None, None))
     config = RunConfig(
         backbone=BackboneConfig(checkpoint="random"),
         adapter=AdapterConfig(name="linear"),

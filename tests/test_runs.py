@@ -25,6 +25,7 @@ from robust_peft.data import Splits
 from robust_peft.evaluation import Report
 from robust_peft.models import zoo
 from robust_peft.models.micro_swin import micro_swin
+from robust_peft.runs import parts as run_parts
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def small(monkeypatch):
         return rp.data.ImageSet((noise + 50 * labels[:, None, None, None]).to(torch.uint8), labels, tuple("abcd"), name)
 
     parts = Splits(images(32, "train"), images(8, "validation"), images(12, "test"))
-    monkeypatch.setattr(runs, "digits", lambda: parts)
+    monkeypatch.setattr(run_parts, "load_splits", lambda name, **_: parts)
     return RunConfig(
         backbone=BackboneConfig(checkpoint="random"),
         attack=AttackConfig(steps=1),
@@ -86,7 +87,7 @@ def test_a_run_folder_is_complete_and_gives_the_trained_model_back(small, tmp_pa
     report = Report.load(tmp_path / "run" / "evaluation.json")
     threat = rp.ThreatModel("linf", "8/255")
     assert report.clean.total == report[threat, "pgd-2"].total == 12
-    again = rp.evaluate(model, runs.digits().test, [threat], ["pgd-2"], batch_size=12)
+    again = rp.evaluate(model, run_parts.load_splits("digits").test, [threat], ["pgd-2"], batch_size=12)
     assert again.clean == report.clean
     card = (tmp_path / "run" / "README.md").read_text()
     assert str(report[threat, "pgd-2"]) in card and "load_run" in card
@@ -94,7 +95,7 @@ def test_a_run_folder_is_complete_and_gives_the_trained_model_back(small, tmp_pa
 
 def test_peft_itself_loads_the_adapter(small, tmp_path):
     result = rp.run(small, tmp_path / "run", progress=False)
-    base = runs.build_backbone(small, 4)
+    base = run_parts.build_backbone(small, 4)
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
     torch.testing.assert_close(loaded(probe_images()), result.model(probe_images()), rtol=0, atol=0)
 
@@ -114,10 +115,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(small, tmp_path):
 @pytest.mark.parametrize("head_init", ["random", "linear-probe", "robust-linear-probe", "keep"])
 def test_heads(small, head_init):
     config = dataclasses.replace(small, adapter=AdapterConfig(head_init=head_init, head_epochs=3))
-    splits = runs.digits()
-    backbone = runs.build_backbone(config, 4)
+    splits = run_parts.load_splits("digits")
+    backbone = run_parts.build_backbone(config, 4)
     before = {name: p.detach().clone() for name, p in backbone.named_parameters()}
-    runs._initialise_head(backbone, config, splits, progress=False)
+    run_parts.initialise_head(backbone, config, splits, None, 0, progress=False)
     after = {name: p.detach().clone() for name, p in backbone.named_parameters()}
     changed = {name for name in before if not torch.equal(after[name], before[name])}
     head = "backbone.head.fc."
@@ -229,7 +230,7 @@ def test_another_checkpoint_than_the_one_trained_on(small, tmp_path):
     from safetensors.torch import save_file
 
     path = tmp_path / "weights.safetensors"
-    backbone = runs.build_backbone(small, 4).backbone
+    backbone = run_parts.build_backbone(small, 4).backbone
     save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, path)
     config = dataclasses.replace(small, backbone=BackboneConfig(checkpoint=str(path)))
     result = rp.run(config, tmp_path / "run", progress=False)

@@ -27,6 +27,7 @@ class ConvStem(nn.Module):
         )
         self.n = nn.LayerNorm(width)
         # What timm's SwinTransformer asks its patch embedding for.
+        self.img_size = (image_size, image_size)
         self.grid_size = (image_size // 4, image_size // 4)
         self.patch_size = (4, 4)
 

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from robust_peft import keyed_random
 from robust_peft import surgery as surgeries
-from robust_peft.attacks import PGD
+from robust_peft.attacks import PGD, Solver
 from robust_peft.config import OptimConfig, ValidationConfig, to_dict
 from robust_peft.losses import Loss, make_loss
 from robust_peft.processes import on_cpu
@@ -62,7 +62,7 @@ class Trainer:
     Args:
         model: Pixels of shape `[B, C, H, W]` in [0, 1] to logits of shape `[B, K]`.
         attack: The inner maximisation. Where it names no objective, the loss's own is taken.
-        loss: "ce", "trades" or a `robust_peft.losses.Loss`.
+        loss: "ce", "trades", "mart", "clp" or a `robust_peft.losses.Loss`.
         surgery: Gramian to weights, e.g. `robust_peft.surgery.ConflictAware`.
         optim: Optimizer, schedule, epochs, accumulation, clipping, moving average.
         validation: How often and how validation is done, and which weights are kept.
@@ -74,6 +74,7 @@ class Trainer:
         precision: "auto", "fp32", "bf16" or "fp16" (autocast; parameters and optimizer stay in their dtype). "auto"
             is what ``accelerate launch --mixed_precision`` says, else bf16 where the hardware has it.
         compile: Run the model through torch.compile.
+        channels_last: Keep images and convolutions' weights in that memory format, which is faster for ConvNets.
         seed: Seed of the order of the samples and of every random draw.
         output: Run folder for metrics and state; None writes nothing.
         save_every_steps: Optimizer steps between saved states; None: once an epoch.
@@ -89,7 +90,7 @@ class Trainer:
         self,
         model: nn.Module,
         *,
-        attack: PGD,
+        attack: Solver,
         loss: str | Loss = "ce",
         surgery: Surgery | None = None,
         optim: OptimConfig | None = None,
@@ -100,6 +101,7 @@ class Trainer:
         measure_conflict: bool = True,
         precision: str = "auto",
         compile: bool = False,
+        channels_last: bool = False,
         seed: int = 0,
         output: str | Path | None = None,
         save_every_steps: int | None = None,
@@ -131,7 +133,8 @@ class Trainer:
                 raise ValueError(f"measure_conflict=False is for Vanilla alone. Found {self.surgery!r}.")
             self.loss_weights = (1 - self.surgery.lam, self.surgery.lam)
         objective = attack.objective or self.loss.inner_objective
-        replace(attack, objective=objective)  # raises where attack and objective do not go together
+        checked: Any = attack
+        replace(checked, objective=objective)  # raises where attack and objective do not go together
 
         known = [str(tracker) for tracker in get_available_trackers()]
         missing = [tracker for tracker in log_with if isinstance(tracker, str) and tracker not in known]
@@ -163,6 +166,9 @@ class Trainer:
         self.device = self.accelerator.device
         self.precision = resolve_precision(precision, self.device)
         model.to(self.device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            model.to(memory_format=torch.channels_last)
         self.forward_model: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
         self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         # A float64 model is trained in float64 from the pixels on.
@@ -260,6 +266,9 @@ class Trainer:
         with drop_paths, Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
             while run.epoch < self.optim.epochs and not stopped:
                 loader.set_epoch(run.epoch)
+                set_epoch = getattr(train_loader.dataset, "set_epoch", None)
+                if set_epoch is not None:
+                    set_epoch(run.epoch)  # random crops are drawn where pictures are decoded
                 source: Any = skip_first_batches(loader, run.batch) if run.batch else loader
                 # skip_first_batches makes a new loader, which would start at epoch 0 again.
                 source.set_epoch(run.epoch)
@@ -393,6 +402,7 @@ class Trainer:
         images = images.to(self.dtype) / 255 if images.dtype == torch.uint8 else images.to(self.dtype)
         if self.augment is not None:
             images = self.augment(images, keyed_random.derive(keys, AUGMENTATION))
+        images = images.contiguous(memory_format=self.memory_format)
         return Batch(images, labels.to(self.device, non_blocking=True), keys)
 
     @torch.no_grad()

@@ -1,0 +1,114 @@
+"""Models back from run folders, and from whatever else names one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from robust_peft.adapters import find_head
+from robust_peft.config import RunConfig, from_dict
+from robust_peft.data import Splits
+from robust_peft.files import sha256
+from robust_peft.models import load_backbone
+from robust_peft.models.checkpoints import fingerprint, load_weights
+from robust_peft.models.factory import split_name
+from robust_peft.runs.folder import (
+    ADAPTER_FOLDER,
+    FULL_WEIGHTS,
+    adapter_file,
+    is_run,
+    load_run_config,
+    read_description,
+)
+from robust_peft.runs.parts import build_backbone, load_data, prepare_data
+
+_MODELS = "a run folder, micro_swin, timm/NAME, hf/NAME or path/to/module.py:factory"
+
+
+def load_run(folder: str | Path) -> nn.Module:
+    """The trained model of a finished run: backbone and adapters, in eval mode, pixels in [0, 1] to logits.
+
+    Raises:
+        FileNotFoundError: If the folder holds no finished run, or the backbone's checkpoint is gone.
+        ValueError: If the backbone's checkpoint is not the one that the run was trained on.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    config: RunConfig = from_dict(RunConfig, description["config"])
+    recorded = description["checkpoint_sha256"]
+    if recorded is not None and sha256(config.backbone.checkpoint or "") != recorded:
+        raise ValueError(
+            f"{config.backbone.checkpoint} is not the file that {folder} was trained on (its hash differs)."
+        )
+    if config.adapter.name == "full":
+        backbone = build_backbone(config, len(description["classes"]), weights=False)
+        if not (folder / FULL_WEIGHTS).is_file():
+            raise FileNotFoundError(f"The run in {folder} is not finished: {FULL_WEIGHTS} is missing.")
+        load_weights(backbone, folder / FULL_WEIGHTS)
+        return backbone.eval()
+    import peft
+
+    backbone = build_backbone(config, len(description["classes"]))
+    if fingerprint(backbone, leave_out=find_head(backbone)) != description["backbone_sha256"]:
+        raise ValueError(
+            f"{config.backbone.name}'s weights are not those that {folder} was trained on (their hash differs): "
+            "another version of the package or of the checkpoint?"
+        )
+    if not adapter_file(folder).is_file():
+        raise FileNotFoundError(f"The run in {folder} is not finished: {adapter_file(folder)} is missing.")
+    return peft.PeftModel.from_pretrained(backbone, str(folder / ADAPTER_FOLDER)).eval()
+
+
+def load_model(
+    source: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """The model that a source stands for, in eval mode: pixels of shape `[B, C, H, W]` in [0, 1] to logits `[B, K]`.
+
+    Args:
+        source: A run folder (`load_run`), or what `robust_peft.load_backbone` takes by name: "micro_swin", "timm/NAME",
+            "hf/NAME", "path/to/module.py:factory".
+        checkpoint: As in `robust_peft.load_backbone`, like the others; a run folder takes none of them, it says it all.
+
+    Raises:
+        ValueError: For a source that is none of these, or arguments that do not go with it.
+        FileNotFoundError: If a file is missing, or the run is not finished.
+        OSError: If weights cannot be downloaded.
+    """
+    options = {
+        "checkpoint": checkpoint,
+        "num_classes": num_classes,
+        "image_size": image_size,
+        "mean": mean,
+        "std": std,
+    }
+    if is_run(source):
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise ValueError(f"{source} is a run folder, which knows its own {', '.join(given)}; leave that out.")
+        return load_run(source)
+    name = str(source)
+    if not (name == "micro_swin" or name.startswith(("timm/", "hf/")) or split_name(name)):
+        if Path(source).is_dir():
+            saved = (Path(source) / "config.json").is_file()
+            hint = f' (one that transformers saved is "hf/{name}")' if saved else ""
+            raise ValueError(f"The folder {name!r} holds no run{hint}. A model is {_MODELS}.")
+        if Path(source).is_file():
+            raise ValueError(
+                f"{name} is a file; weights go with an architecture, as its checkpoint. A model is {_MODELS}."
+            )
+        raise ValueError(f"A model is {_MODELS}. Found {name!r}, and there is no such folder.")
+    return load_backbone(name, **options).eval()
+
+
+def run_images(folder: str | Path) -> Splits:
+    """The images of a run, as its model sees them. FileNotFoundError where there is no run."""
+    config, description = load_run_config(folder), read_description(Path(folder))
+    return prepare_data(config, load_data(config.data), description.get("image_size"))
