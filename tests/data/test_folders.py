@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-import robust_peft.data.catalog
+import robust_peft.data.decoding
 from robust_peft.data import EncodedImages, ImageSet, digits, load_images
 
 
@@ -54,7 +54,7 @@ def encoded(source: Any, **options: Any) -> EncodedImages:
 def refusal(source: Any, kind: type[Exception] = ValueError, **options: Any) -> str:
     with pytest.raises(kind) as caught:
         load_images(source, **options)
-    assert type(caught.value) is kind and "\n" not in str(caught.value)
+    assert isinstance(caught.value, kind) and "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -97,8 +97,8 @@ def test_folders_first_images_are_a_sample_of_all_classes(tmp_path: Path) -> Non
 def test_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "x", {"a": 3})
     decoded = []
-    original = robust_peft.data.catalog.decode
-    monkeypatch.setattr("robust_peft.data.folders.decode", lambda file: (decoded.append(file), original(file))[1])
+    original = robust_peft.data.decoding.decode
+    monkeypatch.setattr("robust_peft.data.sets.decode", lambda file: (decoded.append(file), original(file))[1])
     images = encoded(tmp_path / "x")
     assert decoded == []
     images[1]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from robust_peft.data import ImageSet, evaluation_loader, train_loader
-from robust_peft.data.loaders import check_labels, split_off
+from robust_peft.data.sets import check_labels
+from robust_peft.data.splits import split_off
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -67,7 +68,7 @@ def test_check_labels() -> None:
             check_labels(torch.tensor(wrong), 10)
 
 
-@pytest.mark.parametrize(("share", "held_out"), [(0.1, 2), (0.5, 12), (0.02, 0), (0.0, 0), (0.96, 22)])
+@pytest.mark.parametrize(("share", "held_out"), [(0.1, 3), (0.5, 12), (0.02, 1), (0.0, 0), (0.95, 22), (3 / 23, 3)])
 def test_split_off(share: float, held_out: int) -> None:
     whole = make_set()
     kept, rest = split_off(whole, share, 0, ("kept", "rest"))
