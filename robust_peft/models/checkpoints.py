@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import logging
 import os
+import pickletools
 import re
 import warnings
 import zipfile
@@ -25,6 +26,8 @@ from robust_peft.models.layouts import Loaded, arrange, copy_into, rows_named, u
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # of files with weights
 
+LONGEST_HEADER = 100_000_000  # bytes; safetensors allows no more
+
 # Plain values that training scripts save beside the weights; none of them does anything when it is built.
 _HARMLESS = [
     argparse.Namespace,
@@ -33,6 +36,9 @@ _HARMLESS = [
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),  # as numpy 1 called it
 ]
+
+# What every state dict in the old format names.
+_OF_TENSORS = re.compile(r"torch\._utils\._rebuild_|torch\.\w*Storage$|collections\.OrderedDict$")
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -57,9 +63,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ..
     refuse_foreign(path)
     with path.open("rb") as file:
         start = file.read(9)
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    # A safetensors file begins with the length of its header, which may have a pickle's first byte in it.
+    headed = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER
+    if not headed and start.startswith((b"PK\x03\x04", b"\x80")):
         content = _from_torch(path, zipped=start.startswith(b"PK"))
-    elif path.suffix == ".safetensors" or start[8:9] == b"{":
+    elif headed or path.suffix == ".safetensors":
         try:
             content = load_file(path)
         except (SafetensorError, OSError) as error:
@@ -103,38 +111,57 @@ def _from_torch(path: Path, *, zipped: bool) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            if path.suffix == ".safetensors":  # misnamed; torch would believe the name
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             # Mapped, not read: a head is looked up and weights are copied without a second copy in memory.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except UnpicklingError as error:
-        raise ValueError(f"{path} {_refused(path, error, zipped)}") from error
+        raise ValueError(f"{path} {_refused(path, zipped)}") from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, AttributeError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is truncated, damaged or not written by torch.save ({first_line}).") from error
 
 
-def _refused(path: Path, error: UnpicklingError, zipped: bool) -> str:
+def _refused(path: Path, zipped: bool) -> str:
     """Why a pickle is not read, from what it names; it is taken apart, not executed."""
-    names: list[str] = []
     if zipped:
-        with torch.serialization.safe_globals(_HARMLESS):
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals(_HARMLESS), path.open("rb") as file:
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     else:
-        # An old format, of which torch names the first it met.
-        names = re.findall(r"(?:GLOBAL|global) `?([\w.]+)", str(error))[:1]
+        names = [name for name in _named_in_pickles(path) if not _OF_TENSORS.match(name)]
     modules = [name for name in names if name.startswith(("torch.nn.modules.", "timm.models.", "torchvision.models."))]
-    listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    shown = modules or names
+    listed = f"{', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''}"
     if modules:
         return (
             f"is a whole pickled model ({listed}), which could only be read by executing it: refused. Save its weights "
             "where it came from: torch.save(model.state_dict(), PATH)."
         )
     if not names:
-        first_line = (str(error).splitlines() or ["no reason given"])[0]
-        return f"is no pickle of plain tensors, or damaged: refused, nothing of it was executed ({first_line})."
+        return "is no pickle of plain tensors, or damaged: refused, nothing of it was executed."
     return (
         f"holds more than tensors and plain values ({listed}), which could execute code when read: refused, nothing of "
         "it was executed. Save the state_dict alone where it came from."
     )
+
+
+def _named_in_pickles(path: Path) -> list[str]:
+    """Functions and classes that the pickles at the start of a file name, by reading its operations."""
+    names: dict[str, None] = {}
+    with path.open("rb") as file:
+        try:
+            while True:
+                strings: list[str] = []
+                for operation, argument, _ in pickletools.genops(file):
+                    if operation.name == "GLOBAL":
+                        names[str(argument).replace(" ", ".")] = None
+                    elif operation.name == "STACK_GLOBAL":
+                        names[".".join(strings[-2:])] = None
+                    elif isinstance(argument, str):
+                        strings.append(argument)
+        except Exception:  # the end of the pickles: what follows are tensors, or the file is damaged
+            return list(names)
 
 
 def rows_of(path: str | Path, key: str) -> int | None:

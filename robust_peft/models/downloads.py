@@ -109,7 +109,7 @@ def _fetch_patiently(url: str, partial: Path, attempts: int, wait: float) -> Non
             left, pause = attempts, wait  # it moves
         left -= 1
         if left <= 0:
-            raise OSError(f"{reason}, {attempts} times")
+            raise OSError(f"{reason}, {attempts} times" if attempts > 1 else reason)
         time.sleep(pause)
         pause *= 2
 

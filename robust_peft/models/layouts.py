@@ -129,11 +129,12 @@ def arrange(
     if any(name not in state or state[name].shape != own[name].shape for name in own) or len(state) != len(own):
         filtered = _through_timm(state, model)
         if filtered is not None:
+            came_from = {id(tensor): name for name, tensor in state.items()}
+            resampled = sorted(name for name, tensor in filtered.items() if id(tensor) not in came_from)
+            renamed = sorted(n for n, tensor in filtered.items() if came_from.get(id(tensor), n) != n)
             kept = {id(tensor) for tensor in filtered.values()}
-            resampled = [name for name, tensor in filtered.items() if name in state and tensor is not state[name]]
-            renamed = sorted(set(filtered) - set(state))
-            gone = set(state) - set(filtered)
-            dropped += sorted(prefix + name for name in gone if id(state[name]) not in kept)
+            gone = [name for name, tensor in state.items() if id(tensor) not in kept and name not in resampled]
+            dropped += [prefix + name for name in gone]
             state = filtered
 
     head, classes = _other_head(state, own)
@@ -153,7 +154,7 @@ def arrange(
         Loaded(
             prefix=prefix,
             renamed=tuple(renamed),
-            resampled=tuple(sorted(resampled)),
+            resampled=tuple(resampled),
             dropped=tuple(dropped),
             normalisation=found,
             new_head=tuple(sorted(head)),

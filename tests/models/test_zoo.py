@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import timm
 import torch
 import transformers
 from safetensors.torch import save_file
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from robust_peft.models import ENTRIES, Normalized, load_backbone, new_head
+from robust_peft.models import ENTRIES, Normalized, load_backbone, new_head, zoo
 from robust_peft.models.micro_swin import micro_swin
+from robust_peft.models.registry import PUBLISHED, PublishedBackbone
+from robust_peft.models.zoo import cached_file, weights_file
 
 TINY = dict(num_classes=5, checkpoint="random")
 
@@ -164,6 +168,180 @@ def test_timm_without_a_network_says_what_to_do() -> None:
     with pytest.raises(OSError, match='weights of timm/test_vit could not be downloaded.*checkpoint="random"') as error:
         load_backbone("timm/test_vit")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vit_smal_patch16_224", "swin_bas_patch4_window7_224"])
+def test_timm_suggests_names(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"no model '{name}'. Names like it: .*{name.split('_')[0]}_(small|base)_patch"
+    ):
+        load_backbone(f"timm/{name}", checkpoint="random")
+
+
+def test_timm_model_for_any_image_size() -> None:
+    with pytest.raises(ValueError, match="timm/test_resnet is not built for one image size; leave image_size out"):
+        load_backbone("timm/test_resnet", checkpoint="random", image_size=64)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_timm_from_a_file_of_torch(tmp_path: Path, wrapped: bool) -> None:
+    source = timm.create_model("test_vit", pretrained=False, img_size=32, num_classes=5)
+    state: Any = source.state_dict()
+    if wrapped:
+        state = {"model": {f"module.{key}": tensor for key, tensor in state.items()}}
+    torch.save(state, tmp_path / "w.pth")
+    model = load_backbone("timm/test_vit", checkpoint=tmp_path / "w.pth", image_size=32)  # the file's five classes
+    assert torch.equal(logits_of(model, images_of()), logits_of(source, (images_of() - model.mean) / model.std))
+
+
+# Published robust backbones
+
+
+ENTRY = PUBLISHED[0]
+
+
+@pytest.fixture
+def tiny_zoo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
+    """The first published backbone becomes a tiny Swin, so that a file is written and read at once."""
+    kwargs = dict(patch_size=4, window_size=4, embed_dim=8, depths=[2, 2, 2], num_heads=[1, 2, 2])
+    monkeypatch.setattr(zoo, "published", lambda name: entry if name == entry.name else None)
+    entry = dataclasses.replace(ENTRY, architecture="swin_of_the_test", image_size=64)
+    create = timm.create_model
+
+    def create_model(name: str, *, num_classes: int = 5, img_size: int = 64, **options: Any) -> nn.Module:
+        if name != "swin_of_the_test":
+            return create(name, num_classes=num_classes, img_size=img_size, **options)
+        assert options.pop("pretrained") is False
+        overlay = options.pop("pretrained_cfg_overlay")
+        assert overlay["mean"] == entry.mean and not options
+        return SwinTransformer(img_size=img_size, num_classes=num_classes, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return SwinTransformer(img_size=64, num_classes=5, **kwargs)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
+def test_published_backbone_from_a_local_copy(tiny_zoo: nn.Module, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"copy{suffix}"
+    save(tiny_zoo, path) if suffix == ".safetensors" else torch.save(tiny_zoo.state_dict(), path)
+    model = load_backbone(ENTRY.name, checkpoint=path)
+    assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert torch.equal(logits_of(model, images_of(64)), logits_of(tiny_zoo, (images_of(64) - model.mean) / model.std))
+    assert logits_of(load_backbone(ENTRY.name, checkpoint=path, num_classes=7), images_of(64)).shape == (2, 7)
+    assert logits_of(load_backbone(ENTRY.name, checkpoint=path, image_size=96), images_of(96)).shape == (2, 5)
+    assert weights_file(ENTRY.name, path) == path
+
+
+def test_published_backbone_from_the_cache(tiny_zoo: nn.Module, tmp_path: Path) -> None:
+    cached = cached_file(ENTRY)
+    assert cached == tmp_path / "assets" / "robust_peft" / "ares" / ENTRY.file
+    assert weights_file(ENTRY.name) is None and weights_file(ENTRY.name, "random") is None
+    cached.parent.mkdir(parents=True)
+    torch.save(tiny_zoo.state_dict(), cached)
+    model = load_backbone(ENTRY.name)
+    assert torch.equal(model.backbone.head.fc.weight, tiny_zoo.state_dict()["head.fc.weight"])
+    assert weights_file(ENTRY.name) == cached
+
+
+def test_published_backbone_is_downloaded_when_it_is_asked_for(
+    tiny_zoo: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(url: str, target: Path, *, sha256: str | None) -> Path:
+        asked.append((url, target, sha256))
+        target.parent.mkdir(parents=True)
+        torch.save(tiny_zoo.state_dict(), target)
+        return target
+
+    monkeypatch.setattr(zoo, "download", download)
+    load_backbone(ENTRY.name, checkpoint="random")
+    assert asked == []
+    load_backbone(ENTRY.name)
+    load_backbone(ENTRY.name)
+    assert asked == [(ENTRY.url, cached_file(ENTRY), ENTRY.sha256)]
+
+
+@pytest.mark.parametrize("entry", [ENTRY, PUBLISHED[-1]], ids=lambda entry: entry.name)
+def test_published_backbone_that_is_not_at_hand(entry: PublishedBackbone) -> None:
+    with pytest.raises(OSError) as error:
+        load_backbone(entry.name)
+    message = str(error.value)
+    assert "\n" not in message and f"The weights of {entry.name} are not at hand" in message
+    assert ("HF_HUB_OFFLINE is set" if entry.url else "its page serves it to browsers alone") in message
+    for part in (
+        entry.file,
+        entry.page,
+        str(cached_file(entry)),
+        "checkpoint=",
+        "--backbone.checkpoint PATH",
+        '"random"',
+    ):
+        assert part in message
+
+
+def test_local_copy_with_another_hash(tiny_zoo: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = dataclasses.replace(ENTRY, sha256="0" * 64)
+    monkeypatch.setattr(zoo, "published", lambda name: known)
+    torch.save(tiny_zoo.state_dict(), tmp_path / ENTRY.file)
+    with pytest.raises(ValueError, match=f"{ENTRY.file} should have the SHA-256 {'0' * 64}. Found "):
+        load_backbone(ENTRY.name, checkpoint=tmp_path / ENTRY.file)
+
+
+@pytest.mark.parametrize(("name", "step"), [("ares/swin_small", 32), ("ares/vit_base", 16)])
+def test_image_size_that_does_not_fit(name: str, step: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} should be a multiple of {step}, .* own 224. Found image_size = 230"):
+        load_backbone(name, checkpoint="random", image_size=230)
+
+
+def test_random_vit_of_the_zoo() -> None:
+    model = load_backbone("ares/vit_small", checkpoint="random", num_classes=3, image_size=32)
+    assert logits_of(model, images_of()).shape == (2, 3)
+    assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])  # timm's own would be 0.5
+    assert model.backbone.pretrained_cfg["mean"] == ENTRY.mean and model.backbone.pretrained_cfg["crop_pct"] == 0.875
+
+
+def test_there_is_no_robust_swin_tiny() -> None:
+    with pytest.raises(ValueError, match="no robust Swin-T in public.*ares/swin_small.*swin_tiny_patch4_window7_224"):
+        load_backbone("ares/swin_tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("ares/swin_smal", "ares/swin_small"),
+        ("mikro_swin", "micro_swin"),
+        ("robustbench/mo2022-swin", "mo2022-swin-base"),
+    ],
+)
+def test_mistyped_name(name: str, close: str) -> None:
+    with pytest.raises(ValueError, match=f"Found backbone = '{name}'. Did you mean .*{close}"):
+        load_backbone(name)
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "here/model.safetensors", "a.PT"])
+def test_weights_need_an_architecture(name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_backbone(name)
+    assert str(error.value).startswith(f"{name} is a file with weights, which need an architecture: name=")
+    assert f'checkpoint="{name}"' in str(error.value)
+
+
+def test_what_the_zoo_says() -> None:
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES) > 10
+    for entry in ENTRIES:
+        lines = entry.describe().splitlines()
+        assert lines[0] == entry.name and len(lines) > 3 and all(line.startswith("  ") for line in lines[1:])
+        assert entry.architecture in lines[1] and entry.weights in lines[2] and entry.preprocessing in "".join(lines)
+    text = PUBLISHED[0].describe()
+    assert "76.6 % clean, 58.4 % under PGD-100, 55.6 % under AutoAttack, L-inf 4/255 (1000 images)" in text
+    assert "resize 256, centre crop 224, bicubic" in text and "SHA-256: unknown" in text
+    for entry in PUBLISHED:
+        assert timm.is_model(entry.architecture) and entry.name.partition("/")[0] in ("ares", "robustbench")
+        assert all(0 < accuracy < entry.clean_accuracy for _, accuracy in entry.robust_accuracy)
+        assert entry.url is None or entry.url.endswith(f"/{entry.file}")
 
 
 # transformers
