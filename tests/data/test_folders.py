@@ -130,6 +130,7 @@ MODES: dict[str, tuple[str, Image.Image, tuple[int, int, int]]] = {
     "grey with alpha": ("png", Image.new("LA", (4, 4), (70, 9)), (70, 70, 70)),
     "alpha": ("png", Image.new("RGBA", (4, 4), (10, 20, 30, 40)), (10, 20, 30)),
     "palette": ("png", Image.new("RGB", (4, 4), (10, 20, 30)).quantize(4), (10, 20, 30)),
+    "CMYK as JPEG": ("jpg", Image.new("CMYK", (4, 4), (255, 0, 0, 0)), (0, 255, 255)),
     "CMYK": ("tif", Image.new("CMYK", (4, 4), (255, 0, 0, 0)), (0, 255, 255)),
     "16 bits": ("png", Image.fromarray(numpy.full((4, 4), 70 * 257 + 100, numpy.uint16)), (70, 70, 70)),
     "16 bits, white": ("tif", Image.fromarray(numpy.full((4, 4), 65535, numpy.uint16)), (255, 255, 255)),
