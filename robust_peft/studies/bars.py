@@ -88,7 +88,7 @@ def _what_was_measured(folder: Path, report: Report, result: AttackResult) -> di
     """All that must agree, in words."""
     threat = result.threat
     box = "no box" if threat is None or threat.box is None else f"box {threat.box[0]:g} to {threat.box[1]:g}"
-    measured = {
+    measured: dict[str, Any] = {
         "threat model": f"{threat}, {box}",
         "attack": _name_of(result),
         "the attack's precision": report.precision,
@@ -100,7 +100,9 @@ def _what_was_measured(folder: Path, report: Report, result: AttackResult) -> di
         measured["content of the test images"] = _digest(hashes)
     else:
         data = to_dict(load_run_config(folder).data)
-        measured["data"] = {key: data[key] for key in ("name", "test", "limit") if key in data}
+        measured["data"] = {
+            key: data[key] for key in ("name", "root", "test", "image_size", "resize", "limit") if key in data
+        }
     if not result.own:
         tried = [r.attack for r in report.results if r.threat == threat]
         measured["attacks tried before"] = ", ".join(tried[: tried.index(result.attack)])
