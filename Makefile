@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer and make. Every target makes the environment that it needs.
+# Needs Python 3.11.4 or newer and make. Every target makes the environment that it needs.
 PYTHON ?= python3
 VENV := .venv
 LOWEST := .venv-lowest
@@ -47,8 +47,8 @@ clean: ## Remove environments, caches and built files; runs/ stays.
 # The interpreter must be recent enough; a sentence says so where it is not.
 define check-python
 @command -v $(PYTHON) >/dev/null || \
-  { echo "Expected Python 3.11 or newer. Found no $(PYTHON): say make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
-@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Expected Python 3.11 or newer. Found %s: \
+  { echo "Expected Python 3.11.4 or newer. Found no $(PYTHON): say make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11, 4) or sys.exit("Expected Python 3.11.4 or newer. Found %s: \
   say make PYTHON=/path/to/python3.11 ..." % sys.version.split()[0])'
 endef
 

@@ -324,10 +324,7 @@ def _zoo(arguments: list[str]) -> None:
         return
     from robust_peft.models import ENTRIES
 
-    for entry in ENTRIES:
-        print(
-            f"{entry.name}\n  {entry.architecture}\n  weights: {entry.weights}\n  preprocessing: {entry.preprocessing}"
-        )
+    print("\n\n".join(entry.describe() for entry in ENTRIES))
 
 
 def _zoo_attacks() -> None:

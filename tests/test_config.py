@@ -16,6 +16,7 @@ from robust_peft.config import (
     from_dict,
     to_dict,
 )
+from robust_peft.data.catalog import SETTINGS
 from robust_peft.losses import LOSSES
 from robust_peft.presets import PRESETS, get_preset
 from robust_peft.surgery import SURGERIES
@@ -45,6 +46,7 @@ def test_parameters_are_those_of_the_losses_and_solvers():
     for name, loss in LOSSES.items():
         assert set(configs.LOSS_PARAMETERS[name]) == {field.name for field in dataclasses.fields(loss)}
     assert configs.ATTACK_PARAMETERS == SOLVERS
+    assert configs.DATA_PARAMETERS == SETTINGS
 
 
 @pytest.mark.parametrize("part", ["surgery", "adapter", "attack", "optim", "loss"])

@@ -24,6 +24,7 @@ from robust_peft.config import RunConfig, differences, from_dict, to_dict
 from robust_peft.data import Splits
 from robust_peft.files import read_json, sha256
 from robust_peft.models import Normalized
+from robust_peft.models.zoo import weights_file
 from robust_peft.training import Trainer
 
 ADAPTER_FOLDER = "adapter"
@@ -100,7 +101,7 @@ def adapter_file(folder: Path) -> Path:
 def description_of(
     config: RunConfig, backbone: Normalized, splits: Splits, image_size: int | None, trainer: Trainer, base_hash: str
 ) -> dict[str, Any]:
-    checkpoint = config.backbone.checkpoint
+    weights = weights_file(config.backbone.name, config.backbone.checkpoint)
     return {
         "config": to_dict(config),
         "classes": list(splits.classes),
@@ -109,7 +110,7 @@ def description_of(
         "skipped_images": splits.skipped,
         "mean": backbone.mean.flatten().tolist(),
         "std": backbone.std.flatten().tolist(),
-        "checkpoint_sha256": sha256(checkpoint) if checkpoint not in (None, "random") else None,
+        "checkpoint_sha256": None if weights is None else sha256(weights),
         "backbone_sha256": base_hash,
         "precision": trainer.precision,
         "processes": trainer.accelerator.num_processes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from robust_peft.adapters import find_head
 from robust_peft.config import RunConfig, from_dict
 from robust_peft.data import Splits
 from robust_peft.files import sha256
-from robust_peft.models import load_backbone
+from robust_peft.models import ENTRIES, load_backbone
 from robust_peft.models.checkpoints import fingerprint, load_weights
 from robust_peft.models.factory import split_name
+from robust_peft.models.zoo import weights_file
 from robust_peft.runs.folder import (
     ADAPTER_FOLDER,
     FULL_WEIGHTS,
@@ -24,7 +26,10 @@ from robust_peft.runs.folder import (
 )
 from robust_peft.runs.parts import build_backbone, load_data, prepare_data
 
-_MODELS = "a run folder, micro_swin, timm/NAME, hf/NAME or path/to/module.py:factory"
+_MODELS = (
+    "a run folder, micro_swin, ares/swin_small (robust-peft zoo lists more), timm/NAME, hf/NAME or "
+    "path/to/module.py:factory"
+)
 
 
 def load_run(folder: str | Path) -> nn.Module:
@@ -38,10 +43,9 @@ def load_run(folder: str | Path) -> nn.Module:
     description = read_description(folder)
     config: RunConfig = from_dict(RunConfig, description["config"])
     recorded = description["checkpoint_sha256"]
-    if recorded is not None and sha256(config.backbone.checkpoint or "") != recorded:
-        raise ValueError(
-            f"{config.backbone.checkpoint} is not the file that {folder} was trained on (its hash differs)."
-        )
+    weights = weights_file(config.backbone.name, config.backbone.checkpoint)
+    if recorded is not None and weights is not None and sha256(weights) != recorded:
+        raise ValueError(f"{weights} is not the file that {folder} was trained on (its hash differs).")
     if config.adapter.name == "full":
         backbone = build_backbone(config, len(description["classes"]), weights=False)
         if not (folder / FULL_WEIGHTS).is_file():
@@ -74,7 +78,7 @@ def load_model(
 
     Args:
         source: A run folder (`load_run`), or what `robust_peft.load_backbone` takes by name: "micro_swin", "timm/NAME",
-            "hf/NAME", "path/to/module.py:factory".
+            "hf/NAME", "ares/swin_small", "path/to/module.py:factory", ...
         checkpoint: As in `robust_peft.load_backbone`, like the others; a run folder takes none of them, it says it all.
 
     Raises:
@@ -95,7 +99,8 @@ def load_model(
             raise ValueError(f"{source} is a run folder, which knows its own {', '.join(given)}; leave that out.")
         return load_run(source)
     name = str(source)
-    if not (name == "micro_swin" or name.startswith(("timm/", "hf/")) or split_name(name)):
+    families = {entry.name.partition("/")[0] for entry in ENTRIES}  # micro_swin, ares, timm, hf, ...
+    if name.partition("/")[0] not in families and split_name(name) is None:
         if Path(source).is_dir():
             saved = (Path(source) / "config.json").is_file()
             hint = f' (one that transformers saved is "hf/{name}")' if saved else ""
@@ -109,6 +114,11 @@ def load_model(
 
 
 def run_images(folder: str | Path) -> Splits:
-    """The images of a run, as its model sees them. FileNotFoundError where there is no run."""
+    """The images of a run at the size that its model sees, none of them augmented.
+
+    Training images are cut in the centre like the others, so that a test image among them can be recognised.
+    FileNotFoundError where there is no run.
+    """
     config, description = load_run_config(folder), read_description(Path(folder))
-    return prepare_data(config, load_data(config.data), description.get("image_size"))
+    plain = dataclasses.replace(config, data=dataclasses.replace(config.data, augment=False, rotation=0.0))
+    return prepare_data(plain, load_data(config.data), description.get("image_size"))
