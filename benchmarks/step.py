@@ -7,8 +7,8 @@ One step is PGD-10 at L-inf 8/255, a clean and an adversarial backward pass over
 head (over everything for resnet18), the paper's Eq. 4, and AdamW. `reference_step.py` holds the reference, float32 and
 eager; it is timed once more under bfloat16 autocast. The sides take turns in one process on the same images; a ratio
 is the median over rounds, with the quartiles behind it. Peak memory above the loaded model comes from a process of
-its own for each side. The floor: operations counted in one of our steps over the device's matrix rate, measured here. The
-last line is JSON.
+its own for each side. The floor: operations counted in one of our steps over the device's matrix rate, measured here.
+The last line is JSON.
 """
 
 from __future__ import annotations

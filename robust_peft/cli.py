@@ -1,4 +1,7 @@
-"""The command line: ``robust-peft train | evaluate | audit | zoo``. A user's mistake is one line and exit status 2."""
+"""The command line: ``robust-peft train | evaluate | audit | plot | zoo``.
+
+A user's mistake is one line and exit status 2.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ USAGE = """usage: robust-peft COMMAND ...
                              presets: {presets}
   evaluate MODEL [--flags]   accuracy of a run or any model, without and under attacks and budgets of your choice
   audit MODEL [--flags]      can its figure be believed? named checks, each with evidence
+  plot RUN RUN ... [--flags] standard and adversarial accuracy of runs beside each other, as bars
   zoo [attacks]              list the backbones, or the attacks
 
 robust-peft COMMAND --help tells more.
@@ -114,6 +118,20 @@ class Audited(Subject):
     """Folder for audit.json, audit.md and the pictures."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Draw standard and adversarial accuracy of finished runs beside each other."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Two or more run folders; the order is kept."""
+    output: str = "bars.png"
+    """The picture; its ending (png, svg, pdf) is the format."""
+    attack: str | None = None
+    """The attack, as the evaluation calls it; None: the last one that the runs were evaluated with."""
+    title: str | None = None
+    """Above the figure; None: the data's name."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -129,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "audit": _audit,
+        "plot": _plot,
         "zoo": _zoo,
     }
     command, rest = arguments[0], arguments[1:]
@@ -267,6 +286,14 @@ def _audit(arguments: list[str]) -> int:
     print(found)
     print(f"Written to {parsed.output}." if parsed.output else "Not saved; --output FOLDER keeps it, with pictures.")
     return 1 if found.failed else 0
+
+
+def _plot(arguments: list[str]) -> None:
+    parsed: Plot = parse(Plot, arguments, prog="robust-peft plot")
+
+    from robust_peft.studies.bars import bars_from_runs
+
+    print(f"Picture: {bars_from_runs(parsed.runs, parsed.output, attack=parsed.attack, title=parsed.title)}")
 
 
 def _threats(parsed: Subject, budgets: Sequence[str]) -> list[Any]:

@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from robust_peft.pixel_units import NORMS, eps_problem, step_size_problem
+from robust_peft.pixel_units import NORMS, as_number, eps_problem, step_size_problem
 
 # Which parameters each method has; the classes behind the names check the values' meaning again when they are made.
 SURGERY_PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -531,6 +531,15 @@ class RunConfig(Part):
             kl = kl and not self.attack.name.endswith("-dlr")
             start = self.attack.starts_at_random
             problems(kl and not start, 'loss "trades" maximises KL, which needs a random start: attack.random_start.')
+        size, eps = as_number(self.attack.step_size or 0), as_number(self.threat.eps)
+        if size and eps is not None:
+            steps = 1 if self.attack.name == "fgsm" else self.attack.steps or 10
+            problems(
+                steps * size < eps * (1 - 1e-6),
+                f"attack.step_size = {self.attack.step_size} times {steps} step(s) is {steps * size:.3g}, less than "
+                f"the budget threat.eps = {self.threat.eps}, which the attack could not reach. Take a larger "
+                "step_size, or None for 2.5 eps / steps.",
+            )
         if self.adapter.name == "full":
             problems(self.surgery.conflict_params == "adapters", 'surgery.conflict_params="adapters" needs adapters.')
         return problems.found

@@ -11,6 +11,7 @@ from robust_peft.config import (
     LossConfig,
     RunConfig,
     SurgeryConfig,
+    ThreatConfig,
     ValidationConfig,
     differences,
     from_dict,
@@ -78,6 +79,10 @@ def test_every_foreign_parameter_is_refused(part):
         ({"surgery": SurgeryConfig(gamma=-0.1)}, "gamma should be in"),
         ({"surgery": SurgeryConfig(gamma=float("nan"))}, "gamma should be in"),
         ({"surgery": SurgeryConfig(scope="tensor", conflict_params="adapters")}, "has no meaning"),
+        (
+            {"attack": AttackConfig(step_size="2/255"), "threat": ThreatConfig(norm="l2", eps="0.5")},
+            "times 10 step.s. is 0.0784, less than the budget",
+        ),
         ({"attack": AttackConfig(steps=0)}, "steps should be finite and at least 1"),
         ({"attack": AttackConfig(step_size="0")}, "step_size should be a positive number"),
         ({"attack": AttackConfig(objective="kl", random_start=False)}, "kl.*needs a random start"),

@@ -10,7 +10,6 @@ import torch
 from filelock import FileLock
 
 import robust_peft as rp
-from robust_peft import runs
 from robust_peft.config import (
     AdapterConfig,
     AttackConfig,

@@ -208,6 +208,14 @@ ENTRIES: tuple[ZooEntry | PublishedBackbone, ...] = (
         "CIFAR-10 mean and std inside the model",
     ),
     *PUBLISHED,
+    *(
+        ZooEntry(name, f"{architecture}, for 32 px", "none; to be trained (--backbone.checkpoint random)", "none")
+        for name, architecture in (
+            ("resnet18", "ResNet-18, 11.2 M parameters"),
+            ("resnet34", "ResNet-34, 21.3 M parameters"),
+            ("wrn28_10", "WRN-28-10, 36.5 M parameters"),
+        )
+    ),
     ZooEntry("timm/NAME", "any timm classifier", "timm's own, from the Hub", "timm's mean and std inside the model"),
     ZooEntry("hf/NAME", "any transformers image classifier", "from the Hub", "its image processor's mean and std"),
     ZooEntry(

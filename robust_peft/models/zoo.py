@@ -20,6 +20,7 @@ from robust_peft.models.normalize import Normalized
 from robust_peft.models.registry import ENTRIES, PublishedBackbone, published
 
 EMBEDDED_WEIGHTS = "micro_swin.safetensors"
+RESNETS = {"resnet18": 18, "resnet34": 34, "wrn28_10": 28}  # depth
 
 # The module, its own mean and standard deviation, and the file with its weights where they are still to be loaded.
 Built = tuple[nn.Module, Sequence[float], Sequence[float], str | Path | None]
@@ -33,15 +34,18 @@ def load_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     image_size: int | None = None,
+    bn: str | None = None,
+    width: int | None = None,
 ) -> Normalized:
     """A backbone behind its normalisation: pixels of shape `[B, C, H, W]` in [0, 1] to logits of shape `[B, K]`.
 
     Args:
         name: "micro_swin" (embedded), a published robust one ("ares/swin_small", ... see `ENTRIES`), "timm/NAME",
-            "hf/NAME", "path/to/module.py:factory", or an nn.Module of one's own that wants normalised images. A factory
-            is a function without required arguments, or with arguments named num_classes, checkpoint or image_size; its
-            file is executed. What it returns maps pixels in [0, 1] to logits (a bare timm model: normalised images, by
-            its own mean and std).
+            "hf/NAME", "resnet18", "resnet34" or "wrn28_10" (for 32 pixels, to be trained from random weights, without
+            normalisation), "path/to/module.py:factory", or an nn.Module of one's own that wants normalised images. A
+            factory is a function without required arguments, or with arguments named num_classes, checkpoint or
+            image_size; its file is executed. What it returns maps pixels in [0, 1] to logits (a bare timm model:
+            normalised images, by its own mean and std).
         num_classes: Number of logits. Where it differs from the weights', the head is a new, random one. None: as the
             weights have it.
         checkpoint: Local file with weights for the architecture (safetensors, or a state dict by torch.save, in any
@@ -51,6 +55,8 @@ def load_backbone(
         std: Standard deviation of each channel; None: the backbone's own (a module without one: 1).
         image_size: Pixels on each side, where the architecture is built for one; None: its own. Weights of timm
             architectures are resampled by timm.
+        bn: resnet18, resnet34, wrn28_10: "running" (default) or "batch" statistics in every BatchNorm.
+        width: resnet18, resnet34: channels of the stem, 64 by default.
 
     Raises:
         ValueError: For an unknown name, a checkpoint of another architecture or with a normalisation of its own that is
@@ -60,6 +66,9 @@ def load_backbone(
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes should be at least 1. Found num_classes = {num_classes!r}.")
+    resnet_options = {key: value for key, value in (("bn", bn), ("width", width)) if value is not None}
+    if resnet_options and not (isinstance(name, str) and name in RESNETS):
+        raise ValueError(f"{' and '.join(resnet_options)} are for {', '.join(RESNETS)}. Found backbone = {name!r}.")
     if isinstance(name, nn.Module):
         if num_classes is not None or image_size is not None:
             raise ValueError("num_classes and image_size are for backbones by name; build your module as you want it.")
@@ -72,6 +81,9 @@ def load_backbone(
         # One entry stands for any number of channels, so that grey images stay grey.
         channels = next((len(given) for given in (mean, std) if given is not None), 1)
         own_mean, own_std = _timm_statistics(backbone) or ((0.0,) * channels, (1.0,) * channels)
+    elif name in RESNETS:
+        backbone, weights = _resnet(name, num_classes, checkpoint, image_size, resnet_options)
+        own_mean, own_std = (0.0,) * 3, (1.0,) * 3
     else:
         backbone, own_mean, own_std, weights = _by_name(name, num_classes, checkpoint, image_size)
     model = Normalized(backbone, mean if mean is not None else own_mean, std if std is not None else own_std)
@@ -146,6 +158,31 @@ def _from_factory(
             f'{path}:{factory} takes no checkpoint, so that it cannot be told "random"; it gives the weights it has.'
         )
     return backbone, None if weights is None else str(weights)
+
+
+def _resnet(
+    name: str,
+    num_classes: int | None,
+    checkpoint: str | Path | None,
+    image_size: int | None,
+    options: dict[str, Any],
+) -> tuple[nn.Module, str | Path | None]:
+    from robust_peft.models.resnet import cifar_resnet
+    from robust_peft.models.wide_resnet import wide_resnet
+
+    if checkpoint is None:
+        raise ValueError(
+            f'{name} has no published weights: checkpoint="random" to train it from random ones, or a file of your own.'
+        )
+    if image_size is not None:
+        raise ValueError(f"{name} takes images of any size; leave image_size = {image_size} out.")
+    weights = None if checkpoint == "random" else checkpoint
+    classes = num_classes or (None if weights is None else rows_of(weights, "fc.weight")) or 10
+    if name == "wrn28_10":
+        if "width" in options:
+            raise ValueError("width is for resnet18 and resnet34; the width of wrn28_10 is in its name.")
+        return wide_resnet(num_classes=classes, **options), weights
+    return cifar_resnet(RESNETS[name], classes, **options), weights
 
 
 def _embedded(num_classes: int | None, checkpoint: str | Path | None, image_size: int | None) -> Built:

@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from robust_peft.adapters import attach, find_head
 from robust_peft.attacks.victim import couples_batch
-from robust_peft.models import Normalized
+from robust_peft.models import Normalized, load_backbone
 from robust_peft.models.resnet import cifar_resnet
 from robust_peft.models.wide_resnet import wide_resnet
 
@@ -178,3 +178,31 @@ def test_bad_values_are_refused(build: Any, given: tuple[Any, ...], options: dic
     with pytest.raises(ValueError) as error:
         build(*given, **options)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_by_name(name, tmp_path):
+    model = load_backbone(name, checkpoint="random", num_classes=7, bn="batch", width=8)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    assert model.mean.flatten().tolist() == [0.0] * 3 and model.std.flatten().tolist() == [1.0] * 3
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and all(norm.running_mean is None for norm in norms)
+    torch.save(model.backbone.state_dict(), tmp_path / "weights.pth")
+    again = load_backbone(name, checkpoint=tmp_path / "weights.pth", bn="batch", width=8)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), again.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet18", {}, "resnet18 has no published weights"),
+        ("resnet18", {"checkpoint": "random", "image_size": 64}, "leave image_size = 64 out"),
+        ("wrn28_10", {"checkpoint": "random", "width": 8}, "width is for resnet18 and resnet34"),
+        ("micro_swin", {"bn": "batch"}, "bn are for resnet18, resnet34, wrn28_10"),
+        ("resnet18", {"checkpoint": "random", "bn": "none"}, "bn should be running or batch"),
+    ],
+)
+def test_what_does_not_fit_a_name_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_backbone(name, **options)

@@ -455,7 +455,7 @@ def test_statistics_can_be_given(kind: str, tmp_path: Path) -> None:
         build(kind, tmp_path, mean=(0.5,))
 
 
-@pytest.mark.parametrize("name", ["", "micro-swin", "resnet18", "timm", "hf", "ares/swin"])
+@pytest.mark.parametrize("name", ["", "micro-swin", "resnet50", "timm", "hf", "ares/swin"])
 def test_unknown_name_lists_what_there_is(name: str) -> None:
     with pytest.raises(ValueError) as error:
         load_backbone(name)
