@@ -82,6 +82,7 @@ def our_step(model: nn.Module, surgery: Any, precision: str, compile: bool, meas
         surgery=surgery,
         precision=precision,
         compile=compile,
+        channels_last=any(isinstance(module, nn.BatchNorm2d) for module in model.modules()),
         measure_conflict=measure,
         progress=False,
     )
