@@ -12,7 +12,7 @@ so that Swin-S stands in for the paper's "Swin-T"; `--backbone.name ares/swin_ba
 Several GPUs or nodes: `accelerate config` once, then the same command; batch size and learning rate are per process and
 per step. A run that was stopped (`--time-limit SECONDS`) goes on with `--resume`. A trial in minutes on a CPU:
 `--data.limit 16 --data.batch-size 4 --optim.epochs 1 --optim.warmup-epochs 0 --adapter.head-epochs 1
---evaluation.limit 4 --attack.steps 2`.
+--evaluation.limit 4 --attack.steps 4`.
 """
 
 import sys

@@ -16,7 +16,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from robust_peft.config import METHOD_PARAMETERS, RunConfig
+from robust_peft.config import (
+    BACKBONE_PARAMETERS,
+    METHOD_PARAMETERS,
+    AttackConfig,
+    BackboneConfig,
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+)
 from robust_peft.presets import PRESETS, get_preset
 
 USAGE = """usage: robust-peft COMMAND ...
@@ -41,7 +49,7 @@ class Train:
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     """The run."""
     preset: str | None = None
-    """Published settings as the other flags' defaults, instead of ours: roli (CUB-200 and Stanford Dogs)."""
+    """Published settings as the other flags' defaults: roli (cub_swin, dogs_*), paper, official-code (cifar_resnet)."""
     resume: bool = False
     """Go on with the unfinished run in the output folder."""
     overwrite: bool = False
@@ -55,19 +63,19 @@ class Subject:
     """A model and the images that it is measured on."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """Run folder, micro_swin, timm/NAME, hf/NAME, or module.py:factory."""
+    """Run folder, a backbone that `robust-peft zoo` lists (ares/..., timm/NAME, hf/NAME), or module.py:factory."""
     checkpoint: str | None = None
-    """Local safetensors file with weights for the named backbone."""
+    """Local file with weights for the named backbone (.safetensors, .pth)."""
     data: str | None = None
     """digits, a folder of class folders, a .parquet or .safetensors file; None: the run's own test images."""
     image_size: int | None = None
-    """Images of a folder are resized and cropped to so many pixels."""
+    """With --data: images are resized and cropped to so many pixels; None: as the run's were, else as they are."""
     norm: str | None = None
     """linf or l2; None: the run's own, else linf."""
     limit: int | None = None
     """Only the first so many images."""
-    batch_size: int = 128
-    """Images in a batch."""
+    batch_size: int | None = None
+    """Images in a batch; None: the run's own, else 128."""
     seed: int = 0
     """Seed of the attacks' random draws."""
     transfer_from: str | None = None
@@ -83,7 +91,7 @@ class Evaluate(Subject):
     suite: str | None = None
     """A list of attacks by name instead: paper, paper-official-code."""
     eps: tuple[str, ...] = ()
-    """One or more budgets in pixel units, e.g. 4/255 8/255; none: the run's own."""
+    """One or more budgets in pixel units, e.g. 4/255 8/255; none: the run's own (needed where MODEL is no run)."""
     each: bool = False
     """Try every attack on every sample, also those that another one has broken."""
     precision: str = "fp32"
@@ -105,7 +113,7 @@ class Audited(Subject):
     limit: int | None = 200
     """Only the first so many images."""
     eps: str | None = None
-    """Budget in pixel units, e.g. 8/255; none: the run's own."""
+    """Budget in pixel units, e.g. 8/255; none: the run's own (needed where MODEL is no run)."""
     attack: str = "pgd-20"
     """The attack that the figure was measured with."""
     report: str | None = None
@@ -230,7 +238,7 @@ def _evaluate(arguments: list[str]) -> None:
         threats,
         parsed.attacks,
         suite=parsed.suite,
-        batch_size=parsed.batch_size,
+        batch_size=_batch_size(parsed),
         limit=parsed.limit,
         seed=parsed.seed,
         each=parsed.each,
@@ -265,7 +273,7 @@ def _audit(arguments: list[str]) -> int:
     model, data, other = _subject(parsed)
     train: Any = None
     if parsed.train_data is not None:
-        train = load_images(parsed.train_data, image_size=parsed.image_size)
+        train = load_images(parsed.train_data, image_size=_image_size(parsed))
     elif is_run(parsed.source):
         train = run_images(parsed.source).train
     found = audit(
@@ -274,7 +282,7 @@ def _audit(arguments: list[str]) -> int:
         threat,
         attack=parsed.attack,
         limit=parsed.limit,
-        batch_size=parsed.batch_size,
+        batch_size=_batch_size(parsed),
         seed=parsed.seed,
         train_data=train,
         transfer_from=other,
@@ -317,8 +325,10 @@ def _subject(parsed: Subject) -> tuple[Any, Any, Any]:
     from robust_peft.runs import is_run, load_model, run_classes, run_images
 
     device = process_state().device
+    if parsed.image_size is not None and parsed.data is None:
+        raise ValueError("--image-size goes with --data: a run's own test images have the size that it was trained at.")
     if parsed.data is not None:
-        data: Any = load_images(parsed.data, image_size=parsed.image_size)
+        data: Any = load_images(parsed.data, image_size=_image_size(parsed))
         if is_run(parsed.source) and tuple(data.classes) != run_classes(parsed.source):
             own = run_classes(parsed.source)
             raise ValueError(
@@ -335,6 +345,23 @@ def _subject(parsed: Subject) -> tuple[Any, Any, Any]:
     model = load_model(parsed.source, checkpoint=parsed.checkpoint).to(device)
     other = None if parsed.transfer_from is None else load_model(parsed.transfer_from).to(device)
     return model, data, other
+
+
+def _batch_size(parsed: Subject) -> int:
+    from robust_peft.runs import is_run, load_run_config
+
+    if parsed.batch_size is not None:
+        return parsed.batch_size
+    return load_run_config(parsed.source).evaluation.batch_size if is_run(parsed.source) else 128
+
+
+def _image_size(parsed: Subject) -> int | None:
+    """The size asked for, else the one that a run's images were brought to."""
+    from robust_peft.runs import is_run, run_image_size
+
+    if parsed.image_size is not None:
+        return parsed.image_size
+    return run_image_size(parsed.source) if is_run(parsed.source) else None
 
 
 def _zoo(arguments: list[str]) -> None:
@@ -408,7 +435,52 @@ def with_methods(preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
             own = {parameter: None for parameter in table[getattr(config, name)]}
             changed = dataclasses.replace(config, **{name: given}, **own)
             preset = dataclasses.replace(preset, **{part: changed})
-    return preset
+    given = {flag: flag_value(arguments, f"--{flag}") for flag in PRESET_DEPENDENT}
+    return dataclasses.replace(
+        preset,
+        backbone=_for_backbone(preset.backbone, given["backbone.name"]),
+        data=_for_data(preset.data, given),
+        attack=_for_budget(preset, given),
+        optim=_for_epochs(preset.optim, given["optim.epochs"]),
+    )
+
+
+# Flags that make other values of a preset meaningless.
+PRESET_DEPENDENT = ("backbone.name", "data.name", "data.root", "data.train", "data.test", "threat.norm", "threat.eps")
+PRESET_DEPENDENT += ("attack.steps", "optim.epochs")
+
+
+def _for_backbone(backbone: BackboneConfig, name: str | None) -> BackboneConfig:
+    if name is None or name == backbone.name:
+        return backbone
+    foreign = {field: None for field, takers in BACKBONE_PARAMETERS.items() if name not in takers}
+    return dataclasses.replace(backbone, name=name, **foreign)
+
+
+def _for_data(data: DataConfig, given: dict[str, str | None]) -> DataConfig:
+    """Paths of one dataset are nothing to another."""
+    name = given["data.name"]
+    if name is None or name == data.name:
+        return data
+    paths = {part: given[f"data.{part}"] for part in ("root", "train", "test")}
+    return dataclasses.replace(data, name=name, **paths)
+
+
+def _for_budget(preset: RunConfig, given: dict[str, str | None]) -> AttackConfig:
+    """A step size goes with norm, budget and number of steps: where one changes, the default takes its place."""
+    now = {"threat.norm": preset.threat.norm, "threat.eps": preset.threat.eps, "attack.steps": str(preset.attack.steps)}
+    if all(given[flag] in (None, value) for flag, value in now.items()):
+        return preset.attack
+    return dataclasses.replace(preset.attack, step_size=None)
+
+
+def _for_epochs(optim: OptimConfig, epochs: str | None) -> OptimConfig:
+    """The warm-up stays the same part of the run."""
+    if epochs is None or not epochs.isdecimal():
+        return optim
+    return dataclasses.replace(
+        optim, epochs=int(epochs), warmup_epochs=optim.warmup_epochs * int(epochs) / optim.epochs
+    )
 
 
 def flag_value(arguments: Sequence[str], flag: str) -> str | None:

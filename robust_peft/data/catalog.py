@@ -15,7 +15,7 @@ from robust_peft.data.folders import find_parts, open_folder
 from robust_peft.data.hub import read_hub
 from robust_peft.data.pixels import DifferentSizes, find_broken, in_memory, is_small
 from robust_peft.data.sets import EncodedImages, ImageSet
-from robust_peft.data.splits import SPLIT_SEED, Splits, split_indices, split_off
+from robust_peft.data.splits import SPLIT_SEED, Splits, shuffled, split_indices, split_off
 from robust_peft.data.tables import find_parquet, read_parquet, read_parquet_parts
 
 logger = logging.getLogger("robust_peft")
@@ -317,7 +317,10 @@ def _split(parts: Parts, validation_share: float, skip_broken: bool) -> Splits[P
     for name, (source, rows) in indices.items():
         images = decoded[source]
         left = torch.tensor([i for i in rows.tolist() if i not in broken[source]], dtype=torch.int64)
-        found[name] = images if len(left) == len(images) else images.subset(left, _title(images.name, source, name))
+        if name != "train":
+            # Lists and folders are sorted by class; this way the first so many are a fair sample.
+            left = left[shuffled(len(left))]
+        found[name] = images.subset(left, _title(images.name, source, name))
     skipped = sum(len(rows) for rows in broken.values())
     return Splits(found["train"], found.get("validation"), found.get("test"), skipped)
 

@@ -107,8 +107,6 @@ def prepare(
     images: ImageSet | EncodedImages, image_size: int, resize: int | None, *, random_crop: bool, seed: int = 0
 ) -> PreparedImages:
     """One part of a dataset at the size that a model wants; see `robust_peft.data.Splits.prepared`."""
-    if resize is None and not random_crop and has_size(images, image_size):
-        return PreparedImages(images, image_size, None)
     resize = default_resize(image_size) if resize is None else resize
     return PreparedImages(images, image_size, resize, random_crop, seed)
 

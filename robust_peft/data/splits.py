@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from robust_peft.data.preparation import PreparedImages, prepare
+from robust_peft.data.preparation import PreparedImages, has_size, prepare
 from robust_peft.data.sets import EncodedImages, ImageSet
 
 Images = ImageSet | EncodedImages | PreparedImages
@@ -51,8 +51,8 @@ class Splits(Generic[Kind]):
         """The images at the size that a model wants, made when they are asked for.
 
         The shorter side is resized (bicubic, with antialiasing); then training images are cut at a random place, which
-        belongs to seed, epoch and sample, validation and test images in the centre. Images that are cut in the centre
-        and have the size already are left as they are, unless ``resize`` is given. The training part has
+        belongs to seed, epoch and sample, validation and test images in the centre. Where all images have the size
+        already, they are left as they are, training images too, unless ``resize`` is given. The training part has
         ``set_epoch(epoch)``, which `robust_peft.Trainer` calls.
 
         Args:
@@ -79,8 +79,15 @@ class Splits(Generic[Kind]):
                 return None
             if isinstance(images, PreparedImages):
                 raise ValueError(f"{images.name} is prepared already, for images of {images.image_size} pixels.")
+            if as_stored:
+                return PreparedImages(images, image_size, None)
             return prepare(images, image_size, resize, random_crop=random_crop, seed=seed)
 
+        stored = [images for images in (self.train, self.validation, self.test) if images is not None]
+        # All or none: enlarging the training images alone would change the scale of what they show.
+        as_stored = resize is None and all(
+            not isinstance(images, PreparedImages) and has_size(images, image_size) for images in stored
+        )
         train = part(self.train, crop)
         assert train is not None
         return replace(self, train=train, validation=part(self.validation, False), test=part(self.test, False))

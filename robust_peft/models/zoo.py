@@ -294,12 +294,22 @@ def _from_hub(name: str, num_classes: int | None, checkpoint: str | Path | None,
     try:
         processor = AutoImageProcessor.from_pretrained(name)
         if checkpoint is None:
-            model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **options)
+            # In float32, whatever the file is in: verdicts are float32's.
+            options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+            model = AutoModelForImageClassification.from_pretrained(name, **options)
         else:
             model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name, **options))
     except OSError as error:
         raise _no_download(f"hf/{name}", error) from error
-    return model, processor.image_mean, processor.image_std, None if checkpoint == "random" else checkpoint
+    if getattr(processor, "do_flip_channel_order", False):
+        raise ValueError(
+            f"hf/{name} wants channels in the order BGR, which is not supported by name; build it in a "
+            "module.py:factory that flips them."
+        )
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if getattr(processor, "do_normalize", False) and processor.image_mean is not None:
+        mean, std = processor.image_mean, processor.image_std
+    return model, mean, std, None if checkpoint == "random" else checkpoint
 
 
 def _timm_statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float]] | None:

@@ -1,7 +1,7 @@
 """Runs: from a config to a finished run, its folder, and the trained model back from it."""
 
 from robust_peft.runs.execution import run
-from robust_peft.runs.folder import is_run, load_run_config, run_classes
+from robust_peft.runs.folder import is_run, load_run_config, run_classes, run_image_size
 from robust_peft.runs.loading import load_model, load_run, run_images
 from robust_peft.runs.parts import describe_surgery, load_data, make_threat, make_training_attack
 from robust_peft.runs.result import RunResult
@@ -18,5 +18,6 @@ __all__ = [
     "make_training_attack",
     "run",
     "run_classes",
+    "run_image_size",
     "run_images",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,8 +25,10 @@ from robust_peft.runs.folder import (
     ADAPTER_FOLDER,
     EVALUATION_FOLDER,
     FULL_WEIGHTS,
+    PROBE_FOLDER,
     adapter_file,
     check_folder,
+    check_same_start,
     claimed,
     clear,
     description_of,
@@ -44,6 +49,8 @@ from robust_peft.runs.parts import (
 from robust_peft.runs.result import RunResult
 from robust_peft.training import Trainer
 from robust_peft.training.state import STATE_FILE
+
+logger = logging.getLogger("robust_peft")
 
 
 def run(
@@ -74,6 +81,11 @@ def run(
     folder = Path(output)
     for name in config.evaluation.attacks:
         check_attack_name(name, config.threat.norm)  # now, not after hours of training
+    started = time.monotonic()
+
+    def left() -> float | None:
+        return None if time_limit is None else time_limit - (time.monotonic() - started)
+
     state = process_state()
     with claimed(folder) if state.is_main_process else nullcontext():
         on_main_or_raise(lambda: check_folder(folder, config, resume, overwrite))
@@ -82,16 +94,29 @@ def run(
         image_size = resolve_image_size(config.data, backbone, splits)
         workers = loader_workers(config.data, splits, state.num_processes)
         splits = prepare_data(config, splits, image_size)
-        augment = make_augmentation(config.data, image_size)
+        augment = make_augmentation(config.data, splits.train)
+        if splits.test is None and config.evaluation.attacks and state.is_main_process:
+            logger.warning("%s brings no test images: nothing will be evaluated at the end.", config.data.name)
         going_on = resume and (folder / STATE_FILE).is_file()
         base_hash = fingerprint(backbone, leave_out=find_head(backbone))
+        if resume:
+            check_same_start(folder, None if config.adapter.name == "full" else base_hash, splits.classes)
+        else:
+            attach(copy.deepcopy(backbone), adapter_method(config.adapter, backbone))
+            if state.is_main_process:
+                clear(folder)  # not earlier: a mistake in the config must not cost the run that was here
+                write_json(
+                    folder / "config.json", description_of(config, backbone, splits, image_size, state, base_hash)
+                )
         if not going_on:
-            initialise_head(backbone, config, splits, augment, workers, progress)
+            probe = initialise_head(
+                backbone, config, splits, augment, workers, progress, output=folder / PROBE_FOLDER, time_limit=left()
+            )
+            if probe is not None and not probe.finished:
+                return RunResult(folder, False, backbone, probe, None, 0, 0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # adapters start from random numbers too
             model = attach(backbone, adapter_method(config.adapter, backbone))
-        if state.is_main_process and not going_on:
-            clear(folder)  # not earlier: a mistake in the config must not cost the run that was here
         trainer = Trainer(
             model,
             attack=make_training_attack(config),
@@ -113,8 +138,6 @@ def run(
             settings=to_dict(config),
             progress=progress,
         )
-        if state.is_main_process and not going_on:
-            write_json(folder / "config.json", description_of(config, backbone, splits, image_size, trainer, base_hash))
         validation = splits.validation
         fit = trainer.fit(
             train_loader(splits.train, config.data.batch_size, seed=config.seed, workers=workers),
@@ -122,7 +145,7 @@ def run(
             if validation is None
             else evaluation_loader(validation, config.evaluation.batch_size, workers=workers),
             resume=going_on,
-            time_limit=time_limit,
+            time_limit=left(),
         )
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if not fit.finished:

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
@@ -24,15 +25,17 @@ from robust_peft.config import RunConfig, differences, from_dict, to_dict
 from robust_peft.data import Splits
 from robust_peft.files import read_json, sha256
 from robust_peft.models import Normalized
+from robust_peft.models.factory import split_name
 from robust_peft.models.zoo import weights_file
-from robust_peft.training import Trainer
+from robust_peft.training.precision import resolve_precision
 
 ADAPTER_FOLDER = "adapter"
 FULL_WEIGHTS = "model.safetensors"
+PROBE_FOLDER = "probe"  # metrics and state of the training that initialised the head
 EVALUATION_FOLDER = "evaluation"  # every batch's verdicts, so that a killed evaluation goes on with --resume
 # What a run writes, and so all that --overwrite removes.
 WRITTEN = ("config.json", "metrics.jsonl", ADAPTER_FOLDER, FULL_WEIGHTS, "state", EVALUATION_FOLDER, "evaluation.json")
-WRITTEN += ("README.md",)
+WRITTEN += ("README.md", PROBE_FOLDER)
 PACKAGES = ("robust_peft", "torch", "torchvision", "timm", "peft", "transformers", "accelerate", "safetensors", "numpy")
 
 
@@ -70,6 +73,18 @@ def check_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool)
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def check_same_start(folder: Path, base_hash: str | None, classes: Sequence[str]) -> None:
+    """Refuse to go on with a run whose frozen backbone or classes have changed since it was started.
+
+    ``base_hash`` is None where everything is trained, so that the saved state replaces it all.
+    """
+    before = read_description(folder)
+    if base_hash is not None and before["backbone_sha256"] != base_hash:
+        raise ValueError(f"The backbone's weights are not those that the run in {folder} was started with.")
+    if before["classes"] != list(classes):
+        raise ValueError(f"The classes are not those that the run in {folder} was started with.")
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no run: config.json is missing.")
@@ -99,7 +114,7 @@ def adapter_file(folder: Path) -> Path:
 
 
 def description_of(
-    config: RunConfig, backbone: Normalized, splits: Splits, image_size: int | None, trainer: Trainer, base_hash: str
+    config: RunConfig, backbone: Normalized, splits: Splits, image_size: int | None, state: Any, base_hash: str
 ) -> dict[str, Any]:
     weights = weights_file(config.backbone.name, config.backbone.checkpoint)
     return {
@@ -112,14 +127,21 @@ def description_of(
         "std": backbone.std.flatten().tolist(),
         "checkpoint_sha256": None if weights is None else sha256(weights),
         "backbone_sha256": base_hash,
-        "precision": trainer.precision,
-        "processes": trainer.accelerator.num_processes,
-        "device": _device_name(trainer.device),
+        "factory_sha256": factory_hash(config.backbone.name),
+        "precision": resolve_precision(config.precision, state.device),
+        "processes": state.num_processes,
+        "device": _device_name(state.device),
         "python": platform.python_version(),
         "versions": _versions(),
         "commit": _commit(),
         "command": " ".join(sys.argv),
     }
+
+
+def factory_hash(backbone: str) -> str | None:
+    """SHA-256 of the Python file that builds a backbone; None for one by name."""
+    found = split_name(backbone)
+    return None if found is None else sha256(found[0])
 
 
 def _device_name(device: torch.device) -> str:
@@ -159,6 +181,11 @@ def is_run(source: str | Path) -> bool:
 def load_run_config(folder: str | Path) -> RunConfig:
     """The config of a run folder. FileNotFoundError where there is no run."""
     return from_dict(RunConfig, read_description(Path(folder))["config"])
+
+
+def run_image_size(folder: str | Path) -> int | None:
+    """Pixels on each side to which a run's images are brought; None where they stay as they are stored."""
+    return read_description(Path(folder)).get("image_size")
 
 
 def run_classes(folder: str | Path) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -35,17 +37,16 @@ _MODELS = (
 def load_run(folder: str | Path) -> nn.Module:
     """The trained model of a finished run: backbone and adapters, in eval mode, pixels in [0, 1] to logits.
 
+    A run of a backbone of one's own (``module.py:factory``) executes that file again, as long as it is the same one.
+
     Raises:
         FileNotFoundError: If the folder holds no finished run, or the backbone's checkpoint is gone.
-        ValueError: If the backbone's checkpoint is not the one that the run was trained on.
+        ValueError: If checkpoint or factory are not those of the training, or the factory lies inside the folder.
     """
     folder = Path(folder)
     description = read_description(folder)
     config: RunConfig = from_dict(RunConfig, description["config"])
-    recorded = description["checkpoint_sha256"]
-    weights = weights_file(config.backbone.name, config.backbone.checkpoint)
-    if recorded is not None and weights is not None and sha256(weights) != recorded:
-        raise ValueError(f"{weights} is not the file that {folder} was trained on (its hash differs).")
+    _check_factory(folder, config.backbone.name, description.get("factory_sha256"))
     if config.adapter.name == "full":
         backbone = build_backbone(config, len(description["classes"]), weights=False)
         if not (folder / FULL_WEIGHTS).is_file():
@@ -54,7 +55,15 @@ def load_run(folder: str | Path) -> nn.Module:
         return backbone.eval()
     import peft
 
-    backbone = build_backbone(config, len(description["classes"]))
+    recorded = description["checkpoint_sha256"]
+    weights = weights_file(config.backbone.name, config.backbone.checkpoint)
+    if recorded is not None and weights is not None:
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights}, the checkpoint that {folder} was trained on, does not exist.")
+        if sha256(weights) != recorded:
+            raise ValueError(f"{weights} is not the file that {folder} was trained on (its hash differs).")
+    with _quiet():  # that the checkpoint's own head is left out: the run brings another
+        backbone = build_backbone(config, len(description["classes"]))
     if fingerprint(backbone, leave_out=find_head(backbone)) != description["backbone_sha256"]:
         raise ValueError(
             f"{config.backbone.name}'s weights are not those that {folder} was trained on (their hash differs): "
@@ -63,6 +72,32 @@ def load_run(folder: str | Path) -> nn.Module:
     if not adapter_file(folder).is_file():
         raise FileNotFoundError(f"The run in {folder} is not finished: {adapter_file(folder)} is missing.")
     return peft.PeftModel.from_pretrained(backbone, str(folder / ADAPTER_FOLDER)).eval()
+
+
+def _check_factory(folder: Path, backbone: str, recorded: str | None) -> None:
+    """Before a run's own Python file is executed: it is the user's, not the folder's, and the one of the training.
+
+    A run folder may come from somebody else, and is data.
+    """
+    found = split_name(backbone)
+    if found is None:
+        return
+    path = found[0]
+    if path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder} names {path}, a Python file inside the run folder, which is not executed.")
+    if recorded is not None and path.is_file() and sha256(path) != recorded:
+        raise ValueError(f"{path} is not the file that {folder} was trained with (its hash differs).")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("robust_peft")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def load_model(

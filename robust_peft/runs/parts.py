@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from robust_peft import surgery as surgeries
 from robust_peft.adapters import BottleneckConfig, attach, find_head, lora_config
 from robust_peft.attacks import APGD, PGD, make_solver
 from robust_peft.config import AdapterConfig, DataConfig, OptimConfig, RunConfig, SurgeryConfig
-from robust_peft.data import CropFlip, ImageSet, Splits, load_splits, train_loader
+from robust_peft.data import CropFlip, ImageSet, PreparedImages, Splits, load_splits, train_loader
+from robust_peft.data.splits import Images
 from robust_peft.models import Normalized, load_backbone, new_head
 from robust_peft.models.factory import split_name
 from robust_peft.models.image_size import expected_image_size
 from robust_peft.threat import ThreatModel
-from robust_peft.training import Trainer
+from robust_peft.training import FitResult, Trainer
+from robust_peft.training.state import STATE_FILE
 
 logger = logging.getLogger("robust_peft")
 
@@ -86,16 +89,20 @@ def resolve_image_size(config: DataConfig, backbone: nn.Module, splits: Splits) 
 
 def prepare_data(config: RunConfig, splits: Splits, image_size: int | None) -> Splits:
     """The images resized and cut for the backbone: training ones at random places, if they are augmented."""
-    if image_size is None:
-        return splits
     return splits.prepared(image_size, resize=config.data.resize, crop=config.data.augment, seed=config.seed)
 
 
-def make_augmentation(config: DataConfig, image_size: int | None) -> CropFlip | None:
-    """What happens to a batch of training images on the device."""
+def make_augmentation(config: DataConfig, train: Images) -> CropFlip | None:
+    """What happens to a batch of training images on the device.
+
+    Images that are not cut at a random place when they are prepared are padded by an eighth and cut here: 4 of 32.
+    """
     if not config.augment:
         return None
-    padding = 4 if image_size is None else 0  # prepared images were already cut at a random place
+    if not isinstance(train, PreparedImages):
+        return CropFlip(padding=4, rotation=config.rotation)
+    whole = isinstance(train.source, ImageSet) and train.resize == train.image_size  # nothing is left to cut off
+    padding = 0 if train.random_crop and not whole else train.image_size // 8
     return CropFlip(padding=padding, rotation=config.rotation)
 
 
@@ -105,9 +112,9 @@ def loader_workers(config: DataConfig, splits: Splits, processes: int) -> int:
         return config.workers
     if isinstance(splits.train, ImageSet):
         return 0  # nothing to decode
-    return (
-        min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // processes
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return max(1, min(8, cores // on_this_machine))
 
 
 def build_backbone(config: RunConfig, num_classes: int, *, weights: bool = True) -> Normalized:
@@ -132,16 +139,27 @@ def build_backbone(config: RunConfig, num_classes: int, *, weights: bool = True)
 
 
 def initialise_head(
-    backbone: nn.Module, config: RunConfig, splits: Splits, augment: CropFlip | None, workers: int, progress: bool
-) -> None:
-    """A random head, or one trained before on the frozen backbone (Hua et al. 2024, RoLI, arXiv:2312.05716)."""
+    backbone: nn.Module,
+    config: RunConfig,
+    splits: Splits,
+    augment: CropFlip | None,
+    workers: int,
+    progress: bool,
+    *,
+    output: Path | None = None,
+    time_limit: float | None = None,
+) -> FitResult | None:
+    """A random head, or one trained before on the frozen backbone (Hua et al. 2024, RoLI, arXiv:2312.05716).
+
+    The training keeps its state in ``output`` and goes on with it. Its result; None where nothing was trained.
+    """
     chosen = config.adapter
     if chosen.head_init == "keep":
-        return
+        return None
     name = find_head(backbone)
     new_head(backbone.get_submodule(name), config.seed)
     if chosen.head_init == "random":
-        return
+        return None
     # The probe trains on a copy, so that nothing of peft's wrapping stays in the backbone.
     probe = attach(copy.deepcopy(backbone), "linear")
     robust = chosen.head_init == "robust-linear-probe"
@@ -154,14 +172,20 @@ def initialise_head(
         augment=augment,
         precision=config.precision,
         seed=config.seed,
+        output=output,
         progress=progress,
     )
-    trainer.fit(train_loader(splits.train, config.data.batch_size, seed=config.seed, workers=workers))
+    result = trainer.fit(
+        train_loader(splits.train, config.data.batch_size, seed=config.seed, workers=workers),
+        resume=output is not None and (output / STATE_FILE).is_file(),
+        time_limit=time_limit,
+    )
     trained = dict(trainer.trainable)
     with torch.no_grad():
         for key, parameter in backbone.get_submodule(name).named_parameters():
             (found,) = [value for full, value in trained.items() if full.endswith(f".{key}")]
             parameter.copy_(found)
+    return result
 
 
 def describe_surgery(config: SurgeryConfig) -> str:

@@ -50,12 +50,14 @@ def make_schedule(optimizer: Optimizer, config: OptimConfig, steps_per_epoch: in
 
 
 class MovingAverage:
-    """Exponential moving average of parameters: ``average = decay * average + (1 - decay) * parameter``.
+    """Exponential moving average of tensors: ``average = decay * average + (1 - decay) * tensor``.
+
+    Besides parameters these are the running statistics of BatchNorms: averaged weights want statistics like their own.
 
     The decay is warmed up as ``min(decay, (1 + step) / (10 + step))``, so that the random start is forgotten early.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
         self.parameters = list(parameters)
         self.decay = decay
         self.step = 0

@@ -230,7 +230,9 @@ class Trainer:
         optimizer = make_optimizer(self.trainable, self.optim)
         schedule = make_schedule(optimizer, self.optim, steps_per_epoch)
         parameters = [p for _, p in self.trainable]
-        average = MovingAverage(parameters, self.optim.ema_decay) if self.optim.ema_decay is not None else None
+        average = None
+        if self.optim.ema_decay is not None:
+            average = MovingAverage([*parameters, *self._running_statistics().values()], self.optim.ema_decay)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         run = RunState()
         if self.output is not None and not resume and (self.output / STATE_FILE).is_file():
@@ -375,6 +377,15 @@ class Trainer:
                     f"{type(part).__name__} cannot be shared between processes or resumed: its order is not a function "
                     "of seed and epoch. Take shuffle=True, or give it a method set_epoch."
                 )
+        dataset: Any = loader.dataset
+        wrapped = False
+        while hasattr(dataset, "dataset"):
+            dataset, wrapped = dataset.dataset, True
+        if hasattr(dataset, "set_epoch") and (wrapped or loader.persistent_workers):
+            raise ValueError(
+                "Random crops are drawn anew each epoch, which workers that stay alive and a Subset do not see: take "
+                "persistent_workers=False, and subset(indices) of the prepared images in place of Subset."
+            )
         prepared = self.accelerator.prepare_data_loader(loader, device_placement=False)
         if len(prepared) == 0:
             raise ValueError(f"The training loader is empty: fewer samples than {world} batches of its size.")
@@ -470,8 +481,16 @@ class Trainer:
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
         return {name: p.detach() for name, p in self.trainable} | buffers
 
+    def _running_statistics(self) -> dict[str, Tensor]:
+        """Running means and variances of BatchNorms, by name."""
+        found = {}
+        for prefix, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                found |= {f"{prefix}.{name}": getattr(module, name) for name in ("running_mean", "running_var")}
+        return found
+
     def _averaged_tensors(self, average: MovingAverage) -> dict[str, Tensor]:
-        names = [name for name, _ in self.trainable]
+        names = [*(name for name, _ in self.trainable), *self._running_statistics()]
         return self.trained_tensors() | dict(zip(names, average.averages, strict=True))
 
     def _keep(self, run: RunState, average: MovingAverage | None) -> None:
