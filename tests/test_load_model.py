@@ -104,7 +104,7 @@ def test_weights_without_an_architecture(tmp_path):
     assert "weights go with an architecture" in refusal(path)
 
 
-@pytest.mark.parametrize("source", ["runs/absent", "resnet18", "microswin"])
+@pytest.mark.parametrize("source", ["runs/absent", "resnet50", "microswin"])
 def test_what_is_not_there(source):
     message = refusal(source)
     assert f"Found {source!r}, and there is no such folder" in message and "run folder" in message

@@ -108,6 +108,10 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Sorted by class where they come from: their test images are shuffled, so that the first so many are a fair sample.
+SORTED = ("cub200", "stanford_dogs", "folder", "hub")
+
+
 def load_splits(
     name: str,
     *,
@@ -174,7 +178,7 @@ def load_splits(
         parts = {part: read_parquet(Path(p), *columns) for part, p in (("train", train), ("test", test)) if p}
     else:
         parts = dict(read_hub(name.removeprefix("hub/"), *columns))
-    return _split(_agreeing(parts), validation_share, skip_broken)
+    return _split(_agreeing(parts), validation_share, skip_broken, mix=kind in SORTED)
 
 
 def parquet(train: str | Path, test: str | Path | None, validation_share: float) -> Splits[ImageSet]:
@@ -301,10 +305,11 @@ def _agreeing(parts: Parts) -> Parts:
     return parts
 
 
-def _split(parts: Parts, validation_share: float, skip_broken: bool) -> Splits[Part]:
+def _split(parts: Parts, validation_share: float, skip_broken: bool, mix: bool) -> Splits[Part]:
     """Validation images held out, small pictures in memory, broken ones left out.
 
-    What is held out is drawn from all training images, so that a broken one changes the split of no other.
+    With ``mix``, validation and test images are shuffled. Both are drawn from all images, so that a broken one changes
+    the split and the order of no other.
     """
     indices = {name: (name, torch.arange(len(images))) for name, images in parts.items()}  # part -> source, rows
     if "validation" not in parts:
@@ -316,10 +321,9 @@ def _split(parts: Parts, validation_share: float, skip_broken: bool) -> Splits[P
     found: dict[str, Part] = {}
     for name, (source, rows) in indices.items():
         images = decoded[source]
+        if mix and name != "train":
+            rows = rows[shuffled(len(rows))]
         left = torch.tensor([i for i in rows.tolist() if i not in broken[source]], dtype=torch.int64)
-        if name != "train":
-            # Lists and folders are sorted by class; this way the first so many are a fair sample.
-            left = left[shuffled(len(left))]
         found[name] = images.subset(left, _title(images.name, source, name))
     skipped = sum(len(rows) for rows in broken.values())
     return Splits(found["train"], found.get("validation"), found.get("test"), skipped)

@@ -393,9 +393,20 @@ def test_test_images_have_the_training_classes_numbers(tmp_path: Path) -> None:
     layouts.make_class_folders(tmp_path, ("train",), classes=("a", "b", "c"))
     layouts.make_class_folders(tmp_path, ("test",), classes=("a", "c"), count=1)
     splits = load_splits("folder", root=tmp_path)
-    assert splits.test is not None and splits.test.labels.tolist() == [0, 2] and len(splits.test.classes) == 3
+    assert splits.test is not None and sorted(splits.test.labels.tolist()) == [0, 2] and len(splits.test.classes) == 3
     layouts.make_class_folders(tmp_path, ("test",), classes=("zebra",), count=1)
     assert "Found 1 others: zebra" in refusal("folder", root=tmp_path)
+
+
+def test_the_first_test_images_are_a_fair_sample(tmp_path: Path) -> None:
+    """Lists and folders come class by class; what is measured with a limit must not be the first classes alone."""
+    layouts.make_class_folders(tmp_path / "folder", count=12)
+    splits = [load_splits("folder", root=tmp_path / "folder")]
+    splits += [load_splits("cub200", root=layouts.make_cub(tmp_path, test=12), partial=True)]
+    for found in splits:
+        assert found.test is not None and len(found.test) == 36
+        assert len(set(found.test.labels[:12].tolist())) == 3
+        assert torch.bincount(found.test.labels).tolist() == [12] * 3
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
