@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 
 import robust_peft as rp
 from robust_peft.config import (
@@ -239,3 +240,83 @@ def test_another_checkpoint_than_the_one_trained_on(small, tmp_path):
     save_file({k: v.contiguous() + 1 for k, v in backbone.state_dict().items()}, path)
     with pytest.raises(ValueError, match="its hash differs"):
         rp.load_run(tmp_path / "run")
+
+
+def test_the_probe_is_interrupted_and_resumed_too(small, tmp_path):
+    config = dataclasses.replace(small, adapter=AdapterConfig(head_init="robust-linear-probe", head_epochs=2))
+    whole = rp.run(config, tmp_path / "whole", progress=False)
+    pieces = rp.run(config, tmp_path / "pieces", time_limit=0.0, progress=False)
+    count = 1
+    while not pieces.finished:  # each piece is one step: of the probe first, of the adapters then
+        assert not (tmp_path / "pieces" / "adapter").exists()
+        pieces = rp.run(config, tmp_path / "pieces", resume=True, time_limit=0.0, progress=False)
+        count += 1
+        assert count < 30
+    assert count > 12  # 8 steps of the probe, 8 of the run
+    torch.testing.assert_close(pieces.model(probe_images()), whole.model(probe_images()), rtol=0, atol=0)
+    assert pieces.report == whole.report
+    assert len((tmp_path / "whole" / "probe" / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+FACTORY = """
+import torch
+from robust_peft.models.micro_swin import micro_swin
+
+
+def build(num_classes=4):
+    torch.manual_seed({seed})
+    return micro_swin(num_classes, width=16, depths=(1, 1), num_heads=(1, 2))
+"""
+
+
+def test_resuming_on_another_backbone_is_refused_at_once(small, tmp_path):
+    (tmp_path / "net.py").write_text(FACTORY.format(seed=0))
+    backbone = BackboneConfig(name=f"{tmp_path / 'net.py'}:build")
+    config = dataclasses.replace(small, backbone=backbone)
+    rp.run(config, tmp_path / "run", time_limit=0.0, progress=False)
+    (tmp_path / "net.py").write_text(FACTORY.format(seed=1))
+    with pytest.raises(ValueError, match="backbone's weights are not those"):
+        rp.run(config, tmp_path / "run", resume=True, progress=False)
+    (tmp_path / "net.py").write_text(FACTORY.format(seed=0))
+    assert rp.run(config, tmp_path / "run", resume=True, progress=False).finished
+    rp.load_run(tmp_path / "run")
+    (tmp_path / "net.py").write_text(FACTORY.format(seed=0) + "\nprint('edited')\n")
+    with pytest.raises(ValueError, match="net.py is not the file"):
+        rp.load_run(tmp_path / "run")
+
+
+def test_python_inside_a_run_folder_is_not_executed(small, tmp_path):
+    """A run folder may come from somebody else."""
+    (tmp_path / "net.py").write_text(FACTORY.format(seed=0))
+    config = dataclasses.replace(small, backbone=BackboneConfig(name=f"{tmp_path / 'net.py'}:build"))
+    rp.run(config, tmp_path / "run", progress=False)
+    description = json.loads((tmp_path / "run" / "config.json").read_text())
+    inside = tmp_path / "run" / "net.py"
+    inside.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'executed')!r}).touch()\n")
+    description["config"]["backbone"]["name"] = f"{inside}:build"
+    description["factory_sha256"] = None
+    (tmp_path / "run" / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="inside the run folder"):
+        rp.load_run(tmp_path / "run")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_whole_model_needs_no_starting_checkpoint(small, tmp_path):
+    start = run_parts.build_backbone(small, 4)
+    save_file(start.backbone.state_dict(), tmp_path / "start.safetensors")
+    backbone = BackboneConfig(checkpoint=str(tmp_path / "start.safetensors"))
+    config = dataclasses.replace(small, backbone=backbone, adapter=AdapterConfig(name="full"))
+    trained = rp.run(config, tmp_path / "run", progress=False).model
+    (tmp_path / "start.safetensors").unlink()
+    torch.testing.assert_close(rp.load_run(tmp_path / "run")(probe_images()), trained(probe_images()), rtol=0, atol=0)
+
+
+def test_loading_a_run_says_nothing_of_the_head_that_it_replaces(small, tmp_path, caplog):
+    other = micro_swin(7, width=16, depths=(1, 1), num_heads=(1, 2))
+    save_file(other.state_dict(), tmp_path / "seven.safetensors")
+    config = dataclasses.replace(small, backbone=BackboneConfig(checkpoint=str(tmp_path / "seven.safetensors")))
+    rp.run(config, tmp_path / "run", progress=False)
+    assert "its head for 7 classes is left out" in caplog.text
+    caplog.clear()
+    rp.load_run(tmp_path / "run")
+    assert caplog.text == ""

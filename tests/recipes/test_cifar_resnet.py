@@ -135,3 +135,21 @@ def test_the_best_epoch_is_chosen_on_validation_images_and_overfitting_can_be_se
     assert all({"standard_accuracy", "adversarial_accuracy"} <= set(record) for record in seen)
     taken = [record for record in records if record["kind"] == "train"]
     assert all({"clean_correct", "adv_correct", "cos", "mu", "clean_norm", "adv_norm"} <= set(r) for r in taken)
+
+
+def test_averaged_weights_come_with_averaged_statistics(cifar, tmp_path):
+    """Averaging changes nothing in training itself: with decay 0 it is the plain run, above 0 the statistics lag too."""
+    runs = {decay: train(cifar, tmp_path / decay, "--optim.ema-decay", decay) for decay in ("None", "0.0", "0.9")}
+    plain, zero, lagging = (rp.load_run(folder).state_dict() for folder in runs.values())
+    statistics = [key for key in plain if key.endswith(("running_mean", "running_var"))]
+    assert statistics and all(torch.equal(plain[key], zero[key]) for key in plain)
+    assert not any(torch.equal(plain[key], lagging[key]) for key in statistics)
+
+
+def test_crops_that_would_stand_still_are_refused(cifar):
+    splits = rp.data.load_splits("cifar10", root=cifar["cifar10"], partial=True).prepared(16)
+    model = rp.attach(rp.load_backbone("resnet18", checkpoint="random", width=4), "full")
+    trainer = rp.Trainer(model, attack=rp.attacks.PGD(rp.ThreatModel("linf", "8/255"), steps=1), progress=False)
+    subset = torch.utils.data.Subset(splits.train, range(8))
+    with pytest.raises(ValueError, match="Random crops are drawn anew each epoch"):
+        trainer.fit(torch.utils.data.DataLoader(subset, batch_size=4))
