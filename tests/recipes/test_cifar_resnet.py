@@ -138,7 +138,7 @@ def test_the_best_epoch_is_chosen_on_validation_images_and_overfitting_can_be_se
 
 
 def test_averaged_weights_come_with_averaged_statistics(cifar, tmp_path):
-    """Averaging changes nothing in training itself: with decay 0 it is the plain run, above 0 the statistics lag too."""
+    """Averaging changes nothing in training: with decay 0 it is the plain run, above 0 the statistics lag too."""
     runs = {decay: train(cifar, tmp_path / decay, "--optim.ema-decay", decay) for decay in ("None", "0.0", "0.9")}
     plain, zero, lagging = (rp.load_run(folder).state_dict() for folder in runs.values())
     statistics = [key for key in plain if key.endswith(("running_mean", "running_var"))]
