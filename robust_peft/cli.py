@@ -203,15 +203,19 @@ def _train_preset(preset: str, arguments: Sequence[str], output: str | None, pro
     default: Any = Train(output=output or f"runs/{preset}", config=chosen, preset=variant)
     parsed = parse(Train, arguments, default=default, prog=prog)
 
+    from robust_peft.data.decoding import BrokenPicture
     from robust_peft.runs import run
 
-    result = run(
-        parsed.config,
-        parsed.output,
-        resume=parsed.resume,
-        overwrite=parsed.overwrite,
-        time_limit=parsed.time_limit,
-    )
+    try:
+        result = run(
+            parsed.config,
+            parsed.output,
+            resume=parsed.resume,
+            overwrite=parsed.overwrite,
+            time_limit=parsed.time_limit,
+        )
+    except BrokenPicture as error:
+        raise ValueError(f"{error} --data.skip-broken leaves such pictures out.") from error
     if not is_main_process():
         return
     if not result.finished:

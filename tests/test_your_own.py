@@ -69,6 +69,26 @@ def test_the_python_runs_and_is_short(folder, capsys):
     assert len(frozen) > 20 and all(torch.equal(tensor, saved[name]) for name, tensor in frozen.items())
 
 
+def test_a_broken_picture_is_named_with_what_helps(folder, capsys):
+    (folder / "photos" / "train" / "wren" / "999.jpg").write_bytes(b"no picture")
+    command = "train finetune --backbone.name my_network.py:build --data.root photos --adapter.head-init random"
+    command += " --data.batch-size 8 --optim.epochs 1 --attack.steps 1 --evaluation.attacks clean --data.workers 0"
+    assert cli.main([*command.split(), "--output", "runs/broken"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "999.jpg" in said and "--data.skip-broken" in said
+    assert cli.main([*command.split(), "--output", "runs/whole", "--data.skip-broken"]) == 0
+    assert json.loads((folder / "runs" / "whole" / "config.json").read_text())["skipped_images"] == 1
+
+
+def test_a_start_that_fails_leaves_no_folder(folder, capsys):
+    assert (
+        cli.main(["train", "finetune", "--backbone.name", "mikro_swin", "--data.root", "photos", "--output", "runs/x"])
+        == 2
+    )
+    assert "Did you mean micro_swin?" in capsys.readouterr().err
+    assert not (folder / "runs" / "x").exists()
+
+
 def test_the_command_runs(folder, capsys):
     (command,) = [line for line in block("").splitlines() if line.startswith("robust-peft train")]
     small = "--data.batch-size 8 --optim.epochs 1 --optim.warmup-epochs 0 --adapter.head-epochs 1 --attack.steps 1"

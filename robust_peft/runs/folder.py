@@ -70,7 +70,6 @@ def check_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool)
         raise FileExistsError(f"{folder} holds a run. Resume it (--resume), replace it (--overwrite), or name another.")
     elif not holds_run and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no run. Name another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_same_start(folder: Path, base_hash: str | None, classes: Sequence[str]) -> None:

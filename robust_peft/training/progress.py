@@ -28,7 +28,8 @@ class Progress:
 
     def step(self, record: dict[str, Any]) -> None:
         """Show the record of one optimizer step."""
-        shown = {"clean": f"{record['clean_loss']:.3f}", "adv": f"{record['adv_loss']:.3f}"}
+        # A loss of exactly zero was not computed: its weight is zero.
+        shown = {name: f"{record[f'{name}_loss']:.3f}" for name in ("clean", "adv") if record[f"{name}_loss"]}
         if "cos" in record:
             shown |= {"cos": f"{record['cos']:+.2f}", "mu": f"{record['mu']:.1e}"}
         shown["img/s"] = f"{record['images_per_second']:.0f}"
