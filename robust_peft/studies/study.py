@@ -1,0 +1,228 @@
+"""What a study is: a base run, what varies, and what is measured.
+
+A study file is Python and ends with ``study = Study(...)``, or with a function ``study(scale: str) -> Study``. Nothing
+heavy is imported here, so that a study's state is known within a moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from robust_peft.config import METHOD_PARAMETERS, RunConfig, to_dict
+from robust_peft.presets import get_preset
+
+Settings = Mapping[str, Any]
+"""Dotted names of a `RunConfig`'s fields with their values: ``{"surgery.gamma": 0.8, "seed": 1}``."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train: a point of a front.
+
+    Attributes:
+        family: What it is a member of, e.g. "CA-AT"; a family's members share a colour and make up one front.
+        label: What tells it from the others of its family, e.g. "gamma 0.8"; empty where it is the only one.
+        settings: What the base run's settings become.
+    """
+
+    family: str
+    label: str = ""
+    settings: Settings = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} ({self.label})" if self.label else self.family
+
+
+def grid(family: str, parameter: str, values: Sequence[Any], settings: Settings | None = None) -> tuple[Method, ...]:
+    """A family of methods that differ in one parameter.
+
+    Args:
+        family: The family's name.
+        parameter: Dotted name of the setting, e.g. "surgery.gamma".
+        values: Its values, one method each.
+        settings: What all of them have in common, e.g. ``{"surgery.name": "ca-at"}``.
+    """
+    short = parameter.rsplit(".", 1)[-1]
+    return tuple(Method(family, f"{short} {value}", {**(settings or {}), parameter: value}) for value in values)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a trained model is measured. One is the same for every method of a study.
+
+    Attributes:
+        attacks: Attacks by name, "clean" among them.
+        split: "validation" (held out of the training images) or "test".
+        limit: Only the first so many images of the split; None: all.
+        audit: Whether `robust_peft.audit` goes with it.
+        each: Try every attack on every sample, also those that another one has broken.
+        eps: Budgets beside the run's own, in pixel units, e.g. ("4/255", "12/255").
+    """
+
+    attacks: tuple[str, ...]
+    split: str = "test"
+    limit: int | None = None
+    audit: bool = False
+    each: bool = False
+    eps: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.split not in ("validation", "test"):
+            raise ValueError(f"split should be validation or test. Found split = {self.split!r}.")
+        if "clean" not in self.attacks or len(self.attacks) < 2:
+            raise ValueError(f"attacks should be clean and at least one attack. Found {', '.join(self.attacks)}.")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a study.
+
+    Attributes:
+        panel: One label for each axis, e.g. ``{"data": "MNIST"}``; points of one panel are compared with each other.
+        method: How it is trained.
+        seed: Its seed.
+        config: The whole run, resolved.
+    """
+
+    panel: Mapping[str, str]
+    method: Method
+    seed: int
+    config: RunConfig
+
+    @property
+    def panel_name(self) -> str:
+        return ", ".join(self.panel.values()) or "all"
+
+    @property
+    def name(self) -> str:
+        return f"{self.panel_name}, {self.method.name}, seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Hash of the run's settings: two points with one key would be the same run."""
+        text = json.dumps(to_dict(self.config), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> str:
+        """The run folder's path inside the study's: legible, and never two points' at once."""
+        parts = [_slug(self.panel_name), _slug(self.method.name), f"seed{self.seed}", self.key]
+        return "-".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Many runs that answer one question.
+
+    Args:
+        name: The study's name.
+        base: A preset's name, or a `RunConfig`.
+        variant: The preset's variant, e.g. "roli".
+        settings: What all runs change in the base.
+        axes: What else varies: axis -> label -> settings, e.g. ``{"data": {"MNIST": {"data.name": "mnist"}, ...}}``.
+            Each combination of labels is a panel of its own.
+        methods: What is compared within each panel.
+        seeds: Seeds of each method; ``panel_seeds`` says which panels have others (label of an axis -> seeds).
+        measure: How every point is measured; on held-out images, so that choosing among points costs no test image.
+        confirm: How each family's non-dominated points are measured in the end, or None.
+        question: What the study asks, for the report's first paragraph.
+    """
+
+    name: str
+    methods: Sequence[Method]
+    base: str | RunConfig = "quickstart"
+    variant: str | None = None
+    settings: Settings = field(default_factory=dict)
+    axes: Mapping[str, Mapping[str, Settings]] = field(default_factory=dict)
+    seeds: Sequence[int] = (0,)
+    panel_seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    measure: Measurement = Measurement(("clean", "apgd-ce", "t-apgd-dlr"), split="validation", limit=200)
+    confirm: Measurement | None = Measurement(("clean", "autoattack"), audit=True)
+    question: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+            raise ValueError(f"name should be of letters, digits, _, . and -. Found name = {self.name!r}.")
+        if not self.methods:
+            raise ValueError("methods is empty.")
+        names = [method.name for method in self.methods]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"methods should have different names. Found {', '.join(twice)} more than once.")
+        labels = {label for axis in self.axes.values() for label in axis}
+        unknown = sorted(set(self.panel_seeds) - labels)
+        if unknown:
+            raise ValueError(f"panel_seeds should name labels of the axes. Found {', '.join(unknown)}.")
+        self.points()  # says now what is wrong with any of the runs
+
+    def points(self) -> list[Point]:
+        """All runs, in the order in which they are started: seed by seed, so that whole panels appear early.
+
+        Raises:
+            ValueError: If the settings of a point make no run; names the point and all that is wrong with it.
+        """
+        base = self.base if isinstance(self.base, RunConfig) else get_preset(self.base, self.variant)
+        base = apply_settings(base, self.settings)
+        found = []
+        for panel, settings in self.panels():
+            seeds = next((self.panel_seeds[label] for label in panel.values() if label in self.panel_seeds), self.seeds)
+            for seed, method in itertools.product(seeds, self.methods):
+                try:
+                    config = apply_settings(base, {**settings, **method.settings, "seed": seed})
+                except ValueError as error:
+                    name = f"{', '.join(panel.values()) or 'all'}, {method.name}, seed {seed}"
+                    raise ValueError(f"{self.name}: {name}: {error}") from error
+                # What is measured is the study's matter, and the test images stay unseen until the end.
+                config = apply_settings(config, {"evaluation.attacks": ()})
+                found.append((seeds.index(seed), Point(panel, method, seed, config)))
+        return [point for _, point in sorted(found, key=lambda item: item[0])]
+
+    def panels(self) -> list[tuple[dict[str, str], dict[str, Any]]]:
+        """Each combination of the axes' labels with its settings; one without axes."""
+        found = []
+        for labels in itertools.product(*self.axes.values()):
+            panel = dict(zip(self.axes, labels, strict=True))
+            settings: dict[str, Any] = {}
+            for axis, label in panel.items():
+                settings |= self.axes[axis][label]
+            found.append((panel, settings))
+        return found
+
+
+def apply_settings(config: RunConfig, settings: Settings) -> RunConfig:
+    """The run with other settings; where one names another method, the old method's own parameters go.
+
+    Raises:
+        ValueError: For a name that no run has, or settings that make no run.
+    """
+    changed: dict[str, dict[str, Any]] = {}
+    plain: dict[str, Any] = {}
+    for name, value in settings.items():
+        part, _, key = name.rpartition(".")
+        target = getattr(config, part, None) if part else config
+        names = {f.name for f in dataclasses.fields(target)} if dataclasses.is_dataclass(target) else set()
+        if key not in names or (not part and dataclasses.is_dataclass(getattr(config, key))):
+            raise ValueError(f"settings should be dotted names of a run's settings. Found {name!r}.")
+        if part:
+            changed.setdefault(part, {})[key] = value
+        else:
+            plain[key] = value
+    for part, key, table in METHOD_PARAMETERS:
+        given = changed.get(part, {}).get(key)
+        current = getattr(config, part)
+        if given in table and given != getattr(current, key):
+            changed[part] = {parameter: None for parameter in table[getattr(current, key)]} | changed[part]
+    parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in changed.items()}
+    return dataclasses.replace(config, **parts, **plain)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "_", text.lower()).strip("_")
