@@ -42,7 +42,7 @@ class Record:
         folder: The run folder.
         status: "waiting", "running", "trained" (not measured yet), "done" or "failed".
         error: What a failed point said.
-        measured: Verdicts of the measurement that every point gets: "clean" first, then each attack; empty until measured.
+        measured: Verdicts of the measurement that every point gets: "clean" first, then each attack; else empty.
         confirmed: Verdicts of the final measurement; empty where the point was not chosen for it.
         audit: "passed", "failed", "warnings", or None where there was no audit; ``audit_failures`` names checks.
         training: What training took: "seconds", "seconds_per_step", "trainable_parameters", "bytes_on_disk",
