@@ -161,10 +161,10 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """The commit of this package's own repository, where it runs from one."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
         return None
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 
 
