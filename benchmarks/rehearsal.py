@@ -3,18 +3,17 @@
     python benchmarks/rehearsal.py --backbones ares/vit_small ares/swin_small --batch-size 8 --steps 3
 
 Random weights are written to a file in the layout of the published checkpoints (timm 0.6: old Swin keys) and loaded
-from it as a downloaded one would be; images are random. Times whole CA-AT steps of the preset (PGD-10 at 8/255,
-adapters with reduction 8), each backbone in a process of its own, and projects them to the preset's epochs. The last
-line is JSON.
+from it as a downloaded one would be; images are random. Times whole steps of the preset (its adapters, attack and
+surgery), each backbone in a process of its own, and projects them to the preset's epochs. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -22,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import Peak
 from torch import Tensor, nn
 
 import robust_peft as rp
+from robust_peft.runs import make_training_attack
+from robust_peft.runs.parts import adapter_method
 
 TRAIN_IMAGES = {"cub200": 5394, "stanford_dogs": 10800}
 
@@ -47,13 +49,6 @@ def write_random_checkpoint(backbone: str, path: Path) -> None:
     torch.save(old_layout(model), path)
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most that was in use, in bytes: allocated on a GPU, resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def rehearse(backbone: str, preset: str, batch_size: int, steps: int, threads: int) -> dict[str, Any]:
     """Load through the zoo, attach, train a few steps, and say what it took."""
     torch.set_num_threads(threads)
@@ -65,7 +60,7 @@ def rehearse(backbone: str, preset: str, batch_size: int, steps: int, threads: i
         started = time.perf_counter()
         model = rp.load_backbone(backbone, checkpoint=checkpoint, num_classes=classes)
         loading = time.perf_counter() - started
-    model = rp.attach(model, rp.BottleneckConfig(reduction_factor=8))
+    model = rp.attach(model, adapter_method(config.adapter, model))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     count = (steps + 1) * batch_size
@@ -75,14 +70,17 @@ def rehearse(backbone: str, preset: str, batch_size: int, steps: int, threads: i
     data = rp.data.ImageSet(images, labels, tuple(map(str, range(classes))), "random images")
     trainer = rp.Trainer(
         model,
-        attack=rp.attacks.PGD(rp.ThreatModel("linf", "8/255"), steps=10, step_size=2 / 255),
-        surgery=rp.surgery.ConflictAware(gamma=0.8),
-        optim=rp.OptimConfig(lr=1e-3, epochs=1),
-        augment=rp.data.CropFlip(padding=0, rotation=15),
+        attack=make_training_attack(config),
+        surgery=rp.surgery.make_surgery(config.surgery.name, **config.surgery.parameters()),
+        optim=dataclasses.replace(config.optim, epochs=1, warmup_epochs=0),
+        augment=rp.data.CropFlip(padding=0, rotation=config.data.rotation),
         progress=False,
     )
-    loaded = peak_memory(trainer.device)
+    with torch.no_grad():  # what libraries allocate at the first call is nobody's
+        model(torch.zeros(1, 3, 224, 224, device=trainer.device))
+    peak = Peak(trainer.device)
     result = trainer.fit(rp.data.train_loader(data, batch_size))
+    memory = peak.above()
     records = [r for r in result.history if "images_per_second" in r][1:]  # the first step warms up
     seconds = [r["images"] / r["images_per_second"] for r in records]
     median = statistics.median(seconds)
@@ -93,7 +91,7 @@ def rehearse(backbone: str, preset: str, batch_size: int, steps: int, threads: i
     return {
         "backbone": backbone, "batch_size": batch_size, "precision": trainer.precision, "threads": threads,
         "device": str(trainer.device), "seconds_to_load": loading, "seconds_per_step": seconds, "median": median,
-        "peak_memory_above_loaded_mb": (peak_memory(trainer.device) - loaded) / 1e6,
+        "peak_memory_above_loaded_mb": memory / 1e6,
         "parameters": everything, "trainable": trainable, "saved_mb": saved / 1e6,
         "clean_loss": records[-1]["clean_loss"], "cos": records[-1]["cos"],
         "projected_hours": median / batch_size * config.data.batch_size * steps_in_all / 3600,

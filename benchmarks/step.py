@@ -23,10 +23,10 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from memory import Peak
 from reference_step import ca_at_step
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -221,21 +221,10 @@ def peak_memory(name: str, side: str, batch_size: int, precision: str, compile: 
         step = reference(model, "fp32", device)
     with torch.no_grad():
         model(images[:1])  # what libraries allocate at the first call is nobody's
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
-        before = _resident("VmRSS")
+    peak = Peak(device)
     for _ in range(2):
         step(images, labels)
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")) - before
-
-
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (found,) = [line for line in lines if line.startswith(f"{key}:")]
-    return int(found.split()[1]) * 1024
+    return peak.above()
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
