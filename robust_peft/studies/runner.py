@@ -1,0 +1,145 @@
+"""Runs what is missing of a study."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from robust_peft.files import read_json, write_json
+from robust_peft.studies.engines import Engine, LocalEngine
+from robust_peft.studies.store import CONFIRMED, MEASURED
+from robust_peft.studies.study import Study
+from robust_peft.studies.survey import Finding, accuracies, survey
+from robust_peft.studies.task import BUSY, DONE, FAILED, STOPPED, Task
+
+POLL_SECONDS = 2.0  # between two looks at what other processes do
+
+
+def run_study(
+    study: Study,
+    output: str | Path,
+    *,
+    engine: Engine | None = None,
+    retry_failed: bool = False,
+    time_limit: float | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Finding]:
+    """Train and measure what is missing, confirm each panel's fronts once it is through, and say what was found.
+
+    It may be killed at any moment; the same call goes on. Several at once on one folder share the points. One that
+    fails is kept with its error and stops nothing else.
+
+    Args:
+        study: The study.
+        output: Its folder; made if it does not exist.
+        engine: What does the work; None: one process after another on this machine.
+        retry_failed: Try points again that failed before.
+        time_limit: Seconds after which to stop cleanly.
+        say: Gets one line for each end.
+
+    Returns:
+        What is known of each point in the end.
+
+    Raises:
+        ValueError: If the folder is another study's.
+    """
+    output = Path(output)
+    claim_folder(study, output)
+    engine = LocalEngine() if engine is None else engine
+    deadline = None if time_limit is None else time.monotonic() + time_limit
+    try:
+        if retry_failed:
+            _forget_failures(survey(study, output))
+        return _Runner(study, output, engine, deadline, say).run()
+    finally:
+        engine.close()
+
+
+def claim_folder(study: Study, output: Path) -> None:
+    """Make the folder a study's, or refuse another's."""
+    path = output / "study.json"
+    if path.is_file():
+        found = read_json(path)["name"]
+        if found != study.name:
+            raise ValueError(f"{output} holds the study {found}, not {study.name}. Name another folder.")
+    else:
+        write_json(path, {"name": study.name})
+
+
+def _forget_failures(findings: list[Finding]) -> None:
+    for finding in findings:
+        if finding.error is not None:
+            with finding.files.claimed() as held:
+                if held:
+                    finding.files.forget_failure()
+
+
+class _Runner:
+    def __init__(
+        self, study: Study, output: Path, engine: Engine, deadline: float | None, say: Callable[[str], None]
+    ) -> None:
+        self.study, self.output, self.engine, self.deadline, self.say = study, output, engine, deadline, say
+        self.in_flight: set[str] = set()
+
+    def run(self) -> list[Finding]:
+        findings = survey(self.study, self.output)
+        while True:
+            waiting = [f for f in findings if f.point.folder not in self.in_flight and (f.to_measure or f.to_confirm)]
+            while waiting and self.engine.free and not self._late():
+                self._submit(waiting.pop(0))
+            if not self.in_flight and (self._late() or not any(finding.left for finding in findings)):
+                return findings
+            ended = self.engine.ended(POLL_SECONDS)
+            for task, outcome in ended:
+                self.in_flight.discard(task.point.folder)
+                if outcome not in (DONE, FAILED, STOPPED, BUSY):
+                    self._note_crash(task, outcome)
+            if ended or not self.in_flight or self.engine.free:
+                findings = survey(self.study, self.output)
+            for task, outcome in ended:
+                self._tell(task, outcome, findings)
+
+    def _submit(self, finding: Finding) -> None:
+        left = None if self.deadline is None else self.deadline - time.monotonic()
+        confirm = self.study.confirm if finding.to_confirm else None
+        self.engine.submit(Task(self.output, finding.point, self.study.measure, confirm, left))
+        self.in_flight.add(finding.point.folder)
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _note_crash(self, task: Task, said: str) -> None:
+        """A process that ended without a word has failed its point, or the next start would run into the same."""
+        time.sleep(0.5)  # whoever ends all processes of a session at once ends this one too
+        started = [event["stage"] for event in task.files.events() if event["event"] == "started"]
+        stage = started[-1] if started else "train"
+        plan = {MEASURED: task.measure, CONFIRMED: task.confirm}.get(stage)
+        with task.files.claimed() as held:
+            if held:
+                details = f"{said} What it printed is in {task.files.notes / 'output.txt'}.\n"
+                task.files.write_failure(stage, plan, said, details)
+
+    def _tell(self, task: Task, outcome: str, findings: list[Finding]) -> None:
+        if outcome == BUSY:
+            return
+        (finding,) = [f for f in findings if f.point.folder == task.point.folder]
+        done = sum(f.status in ("done", "failed") for f in findings)
+        what = f"[{done}/{len(findings)}] {task.point.name}"
+        if finding.error is not None:
+            self.say(f"{what}: FAILED. {finding.error}")
+        elif outcome == STOPPED:
+            self.say(f"{what}: stopped by the time limit.")
+        elif finding.confirmed is not None:
+            self.say(f"{what}: confirmed, {describe(finding, CONFIRMED)}")
+        elif finding.measured is not None:
+            self.say(f"{what}: {describe(finding, MEASURED)}")
+
+
+def describe(finding: Finding, stage: str) -> str:
+    """Both accuracies of a stage in words."""
+    report = finding.measured if stage == MEASURED else finding.confirmed
+    assert report is not None
+    standard, adversarial = accuracies(finding.point, report)
+    threat = report["results"][1]["threat"]
+    return f"{100 * standard:.1f} % standard, {100 * adversarial:.1f} % adversarial ({threat})"

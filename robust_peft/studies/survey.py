@@ -1,0 +1,127 @@
+"""What is known of each point of a study, read from its folder without torch, and what is to be done next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from robust_peft.pixel_units import as_number
+from robust_peft.results import non_dominated
+from robust_peft.studies.store import CONFIRMED, MEASURED, PointFolder
+from robust_peft.studies.study import Point, Study
+
+WITHSTOOD = "1"  # as an evaluation's report writes it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of a point.
+
+    Attributes:
+        point: The point.
+        files: Its files.
+        status: "waiting", "running", "trained" (not measured yet), "done" (measured) or "failed".
+        error: What went wrong, in one line; also of a point that is done, where its final measurement failed.
+        measured: The report of the measurement, or None.
+        chosen: Whether it gets the final measurement: True or False once its panel is through, None before.
+        confirmed: The report of the final measurement, or None.
+        audit: The audit that goes with it, or None.
+        confirming: Whether a process is at the final measurement.
+    """
+
+    point: Point
+    files: PointFolder
+    status: str
+    error: str | None = None
+    measured: dict[str, Any] | None = None
+    chosen: bool | None = None
+    confirmed: dict[str, Any] | None = None
+    audit: dict[str, Any] | None = None
+    confirming: bool = False
+
+    @property
+    def to_measure(self) -> bool:
+        """Whether it waits for its training or measurement."""
+        return self.status in ("waiting", "trained")
+
+    @property
+    def to_confirm(self) -> bool:
+        """Whether it waits for its final measurement."""
+        return bool(self.chosen) and not self.error and not self.confirming and not self._through
+
+    @property
+    def left(self) -> bool:
+        """Whether there is something to be done for it, by whomever."""
+        return self.to_measure or self.status == "running" or self.to_confirm or self.confirming
+
+    @property
+    def _through(self) -> bool:
+        return self.confirmed is not None and self.audit is not None
+
+
+def survey(study: Study, output: str | Path) -> list[Finding]:
+    """What is known of each point, in the study's order."""
+    found = [_look(study, point, PointFolder(output, point)) for point in study.points()]
+    if study.confirm is None:
+        return [replace(finding, chosen=False) for finding in found]
+    chosen: dict[str, set[str] | None] = {}
+    for panel in {finding.point.panel_name for finding in found}:
+        members = [finding for finding in found if finding.point.panel_name == panel]
+        through = all(finding.status in ("done", "failed") for finding in members)
+        chosen[panel] = _front(members) if through else None
+    return [_look_again(study, finding, chosen[finding.point.panel_name]) for finding in found]
+
+
+def _look(study: Study, point: Point, files: PointFolder) -> Finding:
+    measured = files.report(MEASURED, study.measure)
+    if measured is not None:
+        return Finding(point, files, "done", measured=measured)
+    if files.busy:
+        return Finding(point, files, "running")
+    error = files.failure("train", None) or files.failure(MEASURED, study.measure)
+    if error is not None:
+        return Finding(point, files, "failed", error)
+    return Finding(point, files, "trained" if files.trained else "waiting")
+
+
+def _look_again(study: Study, finding: Finding, names: set[str] | None) -> Finding:
+    """With the final measurement, as far as the point was chosen for it."""
+    if names is None or finding.measured is None or study.confirm is None:
+        return replace(finding, chosen=None if names is None else False)
+    if finding.point.method.name not in names:
+        return replace(finding, chosen=False)
+    files = finding.files
+    confirmed = files.report(CONFIRMED, study.confirm)
+    audit = files.read_audit(study.confirm) if study.confirm.audit else {}
+    if confirmed is not None and audit is not None:
+        return replace(finding, chosen=True, confirmed=confirmed, audit=audit)
+    error, busy = files.failure(CONFIRMED, study.confirm), files.busy
+    return replace(
+        finding, chosen=True, confirmed=confirmed, audit=audit, confirming=busy, error=None if busy else error
+    )
+
+
+def _front(members: list[Finding]) -> set[str]:
+    """Names of the methods that no other of their family beats, both accuracies as means over the measured seeds."""
+    families: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for finding in members:
+        if finding.measured is not None:
+            methods = families.setdefault(finding.point.method.family, {})
+            methods.setdefault(finding.point.method.name, []).append(accuracies(finding.point, finding.measured))
+    names = set()
+    for methods in families.values():
+        means = [(fmean(x for x, _ in pairs), fmean(y for _, y in pairs)) for pairs in methods.values()]
+        names |= {list(methods)[index] for index in non_dominated(means)}
+    return names
+
+
+def accuracies(point: Point, report: dict[str, Any]) -> tuple[float, float]:
+    """Standard accuracy, and adversarial accuracy in the worst case over all attacks under the run's own budget."""
+    rows = report["results"]
+    (clean,) = [row["verdicts"] for row in rows if "norm" not in row]
+    own = (point.config.threat.norm, as_number(point.config.threat.eps))
+    attacked = [row["verdicts"] for row in rows if "norm" in row and (row["norm"], row["eps"]) == own]
+    withstood = sum(all(verdict == WITHSTOOD for verdict in of_sample) for of_sample in zip(*attacked, strict=True))
+    return clean.count(WITHSTOOD) / len(clean), withstood / len(clean)
