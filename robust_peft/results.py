@@ -4,18 +4,22 @@ Standard library only, so that a finished run can be read and compared where tor
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 
 __all__ = [
     "Accuracy",
     "difference_interval",
+    "holm",
     "hypervolume",
     "mcnemar_p_value",
+    "mean_interval",
     "non_dominated",
     "paired_resolved",
     "resolved",
+    "sign_flip_p_value",
     "wilson_interval",
 ]
 
@@ -136,6 +140,85 @@ def paired_resolved(a_correct: Sequence[bool], b_correct: Sequence[bool], confid
     return mcnemar_p_value(a_correct, b_correct) <= 1 - confidence
 
 
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Student's t-interval for the mean that the values scatter about, such as accuracies of several seeds.
+
+    Returns:
+        (low, high) in the values' unit, not cut off at any bound; None for fewer than two values.
+    """
+    _check_confidence(confidence)
+    _check_numbers("values", values)
+    if len(values) < 2:
+        return None
+    margin = _t_quantile(len(values) - 1, confidence) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - margin, fmean(values) + margin
+
+
+def _t_quantile(degrees: int, confidence: float) -> float:
+    """The t with P(|T| <= t) = confidence for Student's T with that many degrees of freedom."""
+
+    def probability(angle: float) -> float:
+        # Abramowitz and Stegun 1964, 26.7.3 and 26.7.4: a finite sum in the angle atan(t / sqrt(degrees)).
+        odd = degrees % 2
+        term, total = (math.cos(angle) if odd else 1.0), 0.0
+        for k in range(2 + odd, degrees + 1, 2):
+            total += term
+            term *= (k - 1) / k * math.cos(angle) ** 2
+        return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # halves to the last bit
+        middle = (low + high) / 2
+        low, high = (middle, high) if probability(middle) < confidence else (low, middle)
+    return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+def sign_flip_p_value(differences: Sequence[float]) -> float:
+    """Two-sided p-value of the exact sign-flip test: do paired differences, one for each seed, scatter about zero?
+
+    Were the two methods alike, each difference would come with either sign equally often (Fisher 1935). All 2^n ways
+    to choose the signs are counted, none is drawn. n differences cannot give less than 2 / 2^n.
+
+    Args:
+        differences: One number for each pair, from 1 to 40 of them.
+
+    Returns:
+        Share of the sign choices whose sum is at least as far from zero, in (0, 1].
+    """
+    _check_numbers("differences", differences)
+    if not 1 <= len(differences) <= 40:
+        raise ValueError(f"differences should be 1 to 40 numbers. Found {len(differences)}.")
+    # Each half's sums by themselves, so that 40 differences make two lists of 2^20 and not one of 2^40.
+    half = len(differences) // 2
+    first, second = _signed_sums(differences[:half]), _signed_sums(differences[half:])
+    # Equal sums differ by rounding; they are to count as equal.
+    least = abs(sum(differences)) - 1e-12 * sum(map(abs, differences))
+    if least <= 0:
+        return 1.0
+    extreme = sum(len(second) - bisect_left(second, least - x) + bisect_right(second, -least - x) for x in first)
+    return extreme / 2 ** len(differences)
+
+
+def _signed_sums(values: Sequence[float]) -> list[float]:
+    sums = [0.0]
+    for value in values:
+        sums = [s + value for s in sums] + [s - value for s in sums]
+    return sorted(sums)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (Holm 1979), in the order given.
+
+    Those at most 0.05 can all be called resolved, with a chance of at most 5 % that any of them is so by luck.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
 def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other point beats, both coordinates maximised.
 
@@ -184,6 +267,11 @@ def _check_counts(correct: int, total: int) -> None:
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence should be in (0, 1). Found confidence = {confidence!r}.")
+
+
+def _check_numbers(name: str, values: Sequence[float]) -> None:
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{name} should be finite numbers. Found {list(values)!r}.")
 
 
 def _check_finite(points: Sequence[tuple[float, float]]) -> None:

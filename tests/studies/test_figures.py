@@ -27,10 +27,10 @@ def test_bars(tmp_path):
 
 
 def test_bars_stand_where_their_accuracies_say(tmp_path, monkeypatch):
-    from robust_peft import plots
+    from robust_peft.plots import charts as plots
 
     kept = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure) or path)
+    monkeypatch.setattr(plots, "save", lambda figure, path: kept.append(figure) or path)
     plot_bars(BARS, tmp_path / "b.png", title="t")
     (axes,) = kept[0].axes
     assert [patch.get_height() for patch in axes.patches] == pytest.approx([90, 93, 42, 0])

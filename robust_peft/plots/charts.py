@@ -1,102 +1,12 @@
-"""Records to figures. The only place that imports matplotlib."""
+"""Lines, bars and clouds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from robust_peft.files import write_whole
+from robust_peft.plots.style import CLOUDS, DASHES, FILLS, NARROW, STYLES, new_figure, save, whiskers_of
 from robust_peft.results import Accuracy
-
-# Told apart by shape as well as by colour, so that the figure survives a black-and-white printer; the colours are from
-# the colour-blind safe palette of Okabe and Ito.
-STYLES = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#E69F00"), ("P", "#56B4E9"))
-DASHES = ("-", "--", ":", "-.")
-FILLS = (("#56B4E9", ""), ("#D55E00", "//"), ("#F0E442", ".."), ("#009E73", "xx"))  # light and dark, plain and hatched
-CLOUDS = (("o", "#0072B2"), ("x", "#D55E00"), ("^", "#009E73"), ("+", "#000000"))
-NARROW = 5.0  # inches, so that the text is still legible when a phone shows the whole width
-
-
-@dataclass(frozen=True)
-class Point:
-    """One trained model in the plane of standard and adversarial accuracy."""
-
-    method: str
-    """Family, which shares shape and colour: "vanilla"."""
-    label: str
-    """What tells it from others of the family: "lam 0.5"."""
-    standard: Accuracy
-    adversarial: Accuracy
-
-
-def plot_front(points: Sequence[Point], path: str | Path, *, attack: str, title: str) -> Path:
-    """Draw standard against adversarial accuracy, each point with its 95 % intervals.
-
-    Args:
-        points: The models.
-        path: The picture's path; its ending (png, svg, pdf) is the format.
-        attack: Name of the attack with its budget, for the axis.
-        title: Above the figure.
-
-    Raises:
-        ValueError: If there are no points.
-        ImportError: Where matplotlib is missing; names the extra that brings it.
-    """
-    if not points:
-        raise ValueError("There are no points to draw.")
-    figure, (axes,) = _new_figure()
-    families = list(dict.fromkeys(point.method for point in points))
-    for place, family in enumerate(families):
-        marker, colour = STYLES[place % len(STYLES)]
-        members = sorted((p for p in points if p.method == family), key=lambda p: p.standard.accuracy)
-        x = [100 * p.standard.accuracy for p in members]
-        y = [100 * p.adversarial.accuracy for p in members]
-        x_error = list(zip(*[_whiskers(p.standard) for p in members], strict=True))
-        y_error = list(zip(*[_whiskers(p.adversarial) for p in members], strict=True))
-        axes.errorbar(
-            x, y, xerr=x_error, yerr=y_error, fmt=marker, color=colour, markersize=8, elinewidth=1, capsize=2,
-            alpha=0.9, label=family,
-        )  # fmt: skip
-    axes.margins(0.2)
-    axes.set_xlabel(f"standard accuracy (%), n={points[0].standard.total}")
-    axes.set_ylabel(f"adversarial accuracy (%), {attack}, n={points[0].adversarial.total}")
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], -4))
-    axes.legend(loc="best", frameon=False)
-    figure.canvas.draw()  # settles the layout, which the labels' places are measured in
-    _label_points(axes, points, families)
-    return _save(figure, path)
-
-
-def _label_points(axes: Any, points: Sequence[Point], families: Sequence[str]) -> None:
-    """Write each point's label at the one of eight places around it that is farthest from points and other labels."""
-    places = [axes.transData.transform((100 * p.standard.accuracy, 100 * p.adversarial.accuracy)) for p in points]
-    taken = [(x, y) for x, y in places]
-    to_points = 72 / axes.figure.dpi
-    for (x, y), point in zip(places, points, strict=True):
-
-        def room(offset: tuple[int, int], x: float = x, y: float = y) -> float:
-            # Labels are wide, so a distance upwards counts double.
-            others = [(tx, ty) for tx, ty in taken if (tx, ty) != (x, y)]
-            return min(((x + offset[0] - tx) ** 2 + 4 * (y + offset[1] - ty) ** 2 for tx, ty in others), default=0)
-
-        dx, dy = max(((dx, dy) for dx in (-50, 50, 0) for dy in (30, -30, 0) if dx or dy), key=room)
-        taken.append((x + dx, y + dy))
-        label = axes.annotate(
-            point.label,
-            (100 * point.standard.accuracy, 100 * point.adversarial.accuracy),
-            xytext=(dx * to_points, dy * to_points),
-            textcoords="offset points",
-            ha={-50: "right", 0: "center", 50: "left"}[dx],
-            va={-30: "top", 0: "center", 30: "bottom"}[dy],
-            fontsize=9,
-            color=STYLES[families.index(point.method) % len(STYLES)][1],
-            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.5", "shrinkB": 4},
-        )
-        label.set_in_layout(False)
 
 
 def plot_curve(
@@ -108,7 +18,7 @@ def plot_curve(
     title: str,
 ) -> Path:
     """Draw named lines ``{name: (x, y)}`` over one another, for example accuracies over epochs."""
-    figure, (axes,) = _new_figure()
+    figure, (axes,) = new_figure()
     for place, (name, (x, y)) in enumerate(series.items()):
         marker, colour = STYLES[place % len(STYLES)]
         axes.plot(x, y, marker=marker, color=colour, markersize=5, linewidth=1.5, label=name)
@@ -117,7 +27,7 @@ def plot_curve(
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_panels(
@@ -138,7 +48,7 @@ def plot_panels(
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     if not names:
         raise ValueError("There are no lines to draw.")
-    figure, rows = _new_figure(len(panels))
+    figure, rows = new_figure(len(panels))
     for axes, (y_label, lines) in zip(rows, panels.items(), strict=True):
         for name, values in lines.items():
             marker, colour = STYLES[names.index(name) % len(STYLES)]
@@ -152,7 +62,7 @@ def plot_panels(
     rows[0].set_title(title, fontsize=11)
     rows[-1].set_xlabel(x_label)
     rows[0].legend(loc="best", frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_accuracies(
@@ -178,10 +88,10 @@ def plot_accuracies(
     """
     if not any(series.values()):
         raise ValueError("There are no points to draw.")
-    figure, (axes,) = _new_figure()
+    figure, (axes,) = new_figure()
     for place, (name, points) in enumerate(series.items()):
         marker, colour = STYLES[place % len(STYLES)]
-        whiskers = list(zip(*[_whiskers(accuracy) for _, accuracy in points], strict=True))
+        whiskers = list(zip(*[whiskers_of(accuracy) for _, accuracy in points], strict=True))
         axes.errorbar(
             [x for x, _ in points], [100 * accuracy.accuracy for _, accuracy in points], yerr=whiskers, marker=marker,
             color=colour, markersize=5, linewidth=1.5, elinewidth=1, capsize=2, label=name,
@@ -195,7 +105,7 @@ def plot_accuracies(
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_bars(
@@ -223,14 +133,14 @@ def plot_bars(
     kinds = list(dict.fromkeys(kind for bars in groups.values() for kind in bars))
     if not kinds:
         raise ValueError("There are no bars to draw.")
-    figure, (axes,) = _new_figure(width=NARROW, height=4.2)
+    figure, (axes,) = new_figure(width=NARROW, height=4.2)
     width = 0.8 / len(kinds)
     few = len(groups) * len(kinds) <= 8
     for place, kind in enumerate(kinds):
         colour, hatch = FILLS[place % len(FILLS)]
         shown = [(x, bars[kind]) for x, bars in enumerate(groups.values()) if kind in bars]
         places = [x + (place - (len(kinds) - 1) / 2) * width for x, _ in shown]
-        whiskers = list(zip(*[_whiskers(accuracy) for _, accuracy in shown], strict=True))
+        whiskers = list(zip(*[whiskers_of(accuracy) for _, accuracy in shown], strict=True))
         axes.bar(
             places, [100 * accuracy.accuracy for _, accuracy in shown], 0.94 * width, yerr=whiskers, color=colour,
             hatch=hatch, edgecolor="black", linewidth=0.8, error_kw={"elinewidth": 1.2, "capsize": 3}, label=kind,
@@ -255,7 +165,7 @@ def plot_bars(
     )
     if note is not None:
         figure.supxlabel(note, fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_lines(
@@ -283,7 +193,7 @@ def plot_lines(
     """
     if not any(panels.values()):
         raise ValueError("There are no lines to draw.")
-    figure, rows = _new_figure(len(panels), width=NARROW, height=2.7 * len(panels) + 0.6)
+    figure, rows = new_figure(len(panels), width=NARROW, height=2.7 * len(panels) + 0.6)
     names = [tuple(lines) for lines in panels.values()]
     for place, (axes, (y_label, lines)) in enumerate(zip(rows, panels.items(), strict=True)):
         if log:
@@ -304,7 +214,7 @@ def plot_lines(
         rows[-1].minorticks_off()
     figure.suptitle(title, fontsize=12)
     rows[-1].set_xlabel(x_label)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_scatter(
@@ -325,7 +235,7 @@ def plot_scatter(
         raise ValueError("There are no points to draw.")
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure, places = _new_figure(rows, columns, width=NARROW, height=2.4 * rows + 0.9, share_x=False)
+    figure, places = new_figure(rows, columns, width=NARROW, height=2.4 * rows + 0.9, share_x=False)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
     for axes, (heading, clouds) in zip(places, panels.items(), strict=False):
@@ -343,32 +253,4 @@ def plot_scatter(
     figure.suptitle(title, fontsize=12)
     handles, names = places[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, markerscale=1.6)
-    return _save(figure, path)
-
-
-def _whiskers(accuracy: Accuracy) -> tuple[float, float]:
-    low, high = accuracy.interval
-    return 100 * (accuracy.accuracy - low), 100 * (high - accuracy.accuracy)
-
-
-def _new_figure(
-    rows: int = 1, columns: int = 1, *, width: float = 6.4, height: float | None = None, share_x: bool = True
-) -> tuple[Any, list[Any]]:
-    """A figure of that size in inches, and its axes by rows from top to bottom, which share x."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "robust_peft[plots]".') from error
-    if height is None:
-        height = 4.8 if rows == 1 else 2.4 * rows
-    # Without pyplot, which would keep every figure alive and choose a backend for the whole process.
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, sharex=share_x, squeeze=False).flat)
-
-
-def _save(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
-    kind = path.suffix.removeprefix(".") or "png"
-    return write_whole(path, lambda temporary: figure.savefig(temporary, format=kind))
+    return save(figure, path)
