@@ -20,7 +20,6 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -37,7 +36,6 @@ import robust_peft as rp
 from robust_peft.training.optim import make_optimizer, make_schedule
 from robust_peft.training.precision import autocast_for, resolve_precision
 from robust_peft.training.state import RunState
-from robust_peft.training.step import add_gradients
 from robust_peft.training.update import Update
 
 EPS, STEP_SIZE, STEPS, GAMMA = 8 / 255, 2 / 255, 10, 0.8
@@ -73,68 +71,66 @@ def images_for(name: str, batch_size: int, device: torch.device) -> tuple[Tensor
     return images.to(device), torch.randint(0, 10, (batch_size,), generator=generator).to(device)
 
 
-def our_step(model: nn.Module, surgery: Any, precision: str, compile: bool, measure: bool = True) -> Callable:
-    """One step of a `Trainer`, as `Trainer.fit` takes it."""
-    threat = rp.ThreatModel("linf", EPS)
-    trainer = rp.Trainer(
-        model,
-        attack=rp.attacks.PGD(threat, steps=STEPS, step_size=STEP_SIZE),
-        surgery=surgery,
-        precision=precision,
-        compile=compile,
-        channels_last=any(isinstance(module, nn.BatchNorm2d) for module in model.modules()),
-        measure_conflict=measure,
-        progress=False,
-    )
-    optimizer = make_optimizer(trainer.trainable, trainer.optim)
-    schedule = make_schedule(optimizer, trainer.optim, 10**6)
-    scaler = torch.amp.GradScaler(trainer.device.type, enabled=False)
-    update = Update(
-        trainer.pair, trainer.surgery, optimizer, schedule, scaler, scope="all", clip_norm=None, all_reduce=None
-    )
-    run = RunState()
-    trainer._num_classes = 10
+class Ours:
+    """A `Trainer`, timed by its own log: what its user gets, from the batch's arrival to the record of the step."""
 
-    def step(images: Tensor, labels: Tensor) -> None:
-        trainer._train_mode()
-        batch = trainer._place((images, labels), run.step, 0)
-        add_gradients(
-            trainer.pair,
-            batch,
-            model=trainer.forward_model,
-            attack=trainer.attack,
-            loss=trainer.loss,
-            loss_weights=trainer.loss_weights,
-            autocast=trainer._autocast,
+    def __init__(self, model: nn.Module, surgery: Any, precision: str, compile: bool, measure: bool = True) -> None:
+        self.trainer = rp.Trainer(
+            model,
+            attack=rp.attacks.PGD(rp.ThreatModel("linf", EPS), steps=STEPS, step_size=STEP_SIZE),
+            surgery=surgery,
+            optim=rp.OptimConfig(lr=1e-3, epochs=1, schedule="constant"),
+            precision=precision,
+            compile=compile,
+            channels_last=any(isinstance(module, nn.BatchNorm2d) for module in model.modules()),
+            measure_conflict=measure,
+            progress=False,
         )
-        update(run)
-        trainer.pair.clear()
-        run.step += 1
 
-    return step
+    def __call__(self, images: Tensor, labels: Tensor, steps: int) -> list[float]:
+        """Seconds of each of so many steps on this batch, after one that is not counted."""
+        pixels = (images * 255).to(torch.uint8).cpu().repeat(steps + 1, 1, 1, 1)
+        data = rp.data.ImageSet(pixels, labels.cpu().repeat(steps + 1), tuple(map(str, range(10))), "random images")
+        history = self.trainer.fit(rp.data.train_loader(data, len(images))).history
+        return [record["images"] / record["images_per_second"] for record in history if record["kind"] == "train"][1:]
 
 
-def reference(model: nn.Module, precision: str, device: torch.device) -> Callable:
+class Reference:
     """The reference's step, in float32 or under autocast."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    context = nullcontext if precision == "fp32" else partial(autocast_for, precision, device)
-    options = dict(eps=EPS, step_size=STEP_SIZE, steps=STEPS, gamma=GAMMA, context=context)
-    return partial(ca_at_step, model, torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01), **options)
+
+    def __init__(self, model: nn.Module, precision: str, device: torch.device) -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        context = nullcontext if precision == "fp32" else partial(autocast_for, precision, device)
+        options: dict[str, Any] = dict(eps=EPS, step_size=STEP_SIZE, steps=STEPS, gamma=GAMMA, context=context)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+        self.step = partial(ca_at_step, model, optimizer, **options)
+
+    def __call__(self, images: Tensor, labels: Tensor, steps: int) -> list[float]:
+        """Seconds of each of so many steps on this batch, after one that is not counted."""
+        seconds = []
+        for _ in range(steps + 1):
+            wait(images.device)
+            before = time.perf_counter()
+            self.step(images, labels)
+            wait(images.device)
+            seconds.append(time.perf_counter() - before)
+        return seconds[1:]
 
 
-def make_sides(name: str, device: torch.device, precision: str, compile: bool) -> dict[str, Callable]:
-    """The steps to be timed, each on a model of its own."""
+Side = Ours | Reference
+
+
+def make_sides(name: str, device: torch.device, precision: str, compile: bool) -> dict[str, Side]:
+    """What is timed, each on a model of its own."""
     reduced = precision if precision != "fp32" else "bf16"
-    sides = {
-        "reference": reference(build(name, device), "fp32", device),
-        "reference under autocast": reference(build(name, device), reduced, device),
-        "ours": our_step(build(name, device), rp.surgery.ConflictAware(gamma=GAMMA), precision, compile),
-        "ours, vanilla": our_step(build(name, device), rp.surgery.Vanilla(lam=0.5), precision, compile),
-        "ours, vanilla, one backward pass": our_step(
-            build(name, device), rp.surgery.Vanilla(lam=0.5), precision, compile, measure=False
-        ),
+    ca_at, vanilla = rp.surgery.ConflictAware(gamma=GAMMA), rp.surgery.Vanilla(lam=0.5)
+    return {
+        "reference": Reference(build(name, device), "fp32", device),
+        "reference under autocast": Reference(build(name, device), reduced, device),
+        "ours": Ours(build(name, device), ca_at, precision, compile),
+        "ours, vanilla": Ours(build(name, device), vanilla, precision, compile),
+        "ours, vanilla, one backward pass": Ours(build(name, device), vanilla, precision, compile, measure=False),
     }
-    return sides
 
 
 def wait(device: torch.device) -> None:
@@ -144,20 +140,22 @@ def wait(device: torch.device) -> None:
 
 
 def time_sides(
-    sides: dict[str, Callable], images: Tensor, labels: Tensor, rounds: int, most_seconds: float
+    sides: dict[str, Side], images: Tensor, labels: Tensor, rounds: int, most_seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each side's steps, taken in turns; a first round warms up (and compiles)."""
+    """Seconds of each side's step in each round: the sides take turns, and in a turn two steps, the faster one counts.
+
+    A first round warms up (and compiles).
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     started = time.monotonic()
     for turn in range(rounds + 1):
-        for name, step in sides.items():
-            wait(images.device)
-            before = time.perf_counter()
-            step(images, labels)
-            wait(images.device)
+        for name, side in sides.items():
+            taken = min(side(images, labels, 2))
             if turn:
-                seconds[name].append(time.perf_counter() - before)
-        if turn >= 2 and time.monotonic() - started > most_seconds:
+                seconds[name].append(taken)
+        if turn == 0:
+            started = time.monotonic()
+        elif turn >= 2 and time.monotonic() - started > most_seconds:
             break
     return seconds
 
@@ -202,28 +200,62 @@ class Operations(TorchDispatchMode):
 
 def count_operations(name: str, images: Tensor, labels: Tensor) -> int:
     """Floating-point operations of one of our steps, eager and in float32."""
-    step = our_step(build(name, images.device), rp.surgery.ConflictAware(gamma=GAMMA), "fp32", False)
-    counter = Operations()
-    with sdpa_kernel(SDPBackend.MATH), counter:  # attention as the matrix products that it is made of
-        step(images, labels)
-    return counter.total
+    side = Ours(build(name, images.device), rp.surgery.ConflictAware(gamma=GAMMA), "fp32", False)
+    totals = []
+    for steps in (0, 1):  # what a training does once is in both
+        counter = Operations()
+        with sdpa_kernel(SDPBackend.MATH), counter:  # attention as the matrix products that it is made of
+            side(images, labels, steps)
+        totals.append(counter.total)
+    return totals[1] - totals[0]
 
 
-def peak_memory(name: str, side: str, batch_size: int, precision: str, compile: bool, threads: int) -> float:
-    """Bytes above the loaded model at the peak of two steps of one side. To be called in a fresh process."""
+def seconds_of_surgery(name: str, device: torch.device) -> float:
+    """What an update takes beyond the optimizer's own step: Gramian, weights, combination, norms, the record's numbers.
+
+    Measured on random gradients: it depends on the number of trainable parameters alone.
+    """
+    model = build(name, device)
+    trainer = Ours(model, rp.surgery.ConflictAware(gamma=GAMMA), "fp32", False).trainer
+    optimizer = make_optimizer(trainer.trainable, trainer.optim)
+    schedule = make_schedule(optimizer, trainer.optim, 10**6)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    options: dict[str, Any] = {"scope": "all", "clip_norm": None, "all_reduce": None}
+    update = Update(trainer.pair, trainer.surgery, optimizer, schedule, scaler, **options)
+    run = RunState()
+    whole, alone = [], []
+    for _ in range(21):
+        trainer.pair.rows.normal_()
+        trainer.pair.extras.fill_(1)
+        wait(device)
+        before = time.perf_counter()
+        update(run)
+        wait(device)
+        whole.append(time.perf_counter() - before)
+        trainer.pair.write()
+        wait(device)
+        before = time.perf_counter()
+        optimizer.step()
+        wait(device)
+        alone.append(time.perf_counter() - before)
+    return statistics.median(whole[1:]) - statistics.median(alone[1:])
+
+
+def peak_memory(name: str, side: str, batch_size: int, precision: str, compile: bool, threads: int) -> int:
+    """Bytes above the loaded model at the peak of two steps of one side. To be called in a fresh process.
+
+    A step on one image comes first: what libraries set up once is nobody's.
+    """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(name, device)
     images, labels = images_for(name, batch_size, device)
-    if side == "ours":
-        step = our_step(model, rp.surgery.ConflictAware(gamma=GAMMA), precision, compile)
-    else:
-        step = reference(model, "fp32", device)
-    with torch.no_grad():
-        model(images[:1])  # what libraries allocate at the first call is nobody's
+    ours = side == "ours"
+    ca_at = rp.surgery.ConflictAware(gamma=GAMMA)
+    step = Ours(model, ca_at, precision, compile) if ours else Reference(model, "fp32", device)
+    step(images[:1], labels[:1], 0)
     peak = Peak(device)
-    for _ in range(2):
-        step(images, labels)
+    step(images, labels, 1)
     return peak.above()
 
 
@@ -246,7 +278,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "ca_at_over_vanilla": ratio(seconds["ours"], seconds["ours, vanilla"]),
         "ca_at_over_one_backward": ratio(seconds["ours"], seconds["ours, vanilla, one backward pass"]),
         "operations": operations, "matrix_rate": rate, "floor_seconds": operations / rate,
-        "share_of_peak": operations / rate / ours,
+        "share_of_peak": operations / rate / ours, "images_per_second": batch_size / ours,
+        "surgery_share": seconds_of_surgery(name, device) / ours,
     }  # fmt: skip
     if not arguments.no_memory:
         spawn = multiprocessing.get_context("spawn")
@@ -277,8 +310,8 @@ def main() -> None:
     if arguments.quick:
         arguments.rounds, arguments.seconds = 5, 20
         arguments.batch_size = arguments.batch_size or 16
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    print(f"{device}, {torch.backends.cpu.get_cpu_capability()}, {arguments.threads} threads of {os.cpu_count()}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    print(f"{gpu}, {torch.backends.cpu.get_cpu_capability()}, {arguments.threads} threads of {os.cpu_count()}")
     results = [measure(name, arguments) for name in arguments.model]
     print("| model | batch | reference, s | ours, s | ratio [quartiles] | over autocast | memory | share of peak |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -293,6 +326,7 @@ def main() -> None:
         for key in ("ca_at_over_vanilla", "ca_at_over_one_backward"):
             middle, low, high = row[key]
             print(f"  {row['model']}: {key.replace('_', ' ')} {middle:.3f} [{low:.3f}, {high:.3f}]")
+        print(f"  {row['model']}: surgery and its log take {100 * row['surgery_share']:.2f} % of a step")
     print(json.dumps(results[0] if len(results) == 1 else results))
 
 

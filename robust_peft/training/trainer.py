@@ -28,6 +28,7 @@ from robust_peft.training.gradients import GradientPair, Surgery
 from robust_peft.training.optim import MovingAverage, make_optimizer, make_schedule
 from robust_peft.training.precision import autocast_for, resolve_precision
 from robust_peft.training.progress import Progress
+from robust_peft.training.reduced import fast_in
 from robust_peft.training.state import STATE_FILE, Checkpoint, MetricsLog, RunState, restore
 from robust_peft.training.step import AUGMENTATION, EXTRAS, Batch, add_gradients
 from robust_peft.training.update import Update
@@ -265,7 +266,8 @@ class Trainer:
             if self.accelerator.is_main_process:
                 checkpoint.save(run)
 
-        with drop_paths, Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
+        fast = fast_in(self.precision, self.device, self.model)
+        with fast, drop_paths, Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
             while run.epoch < self.optim.epochs and not stopped:
                 loader.set_epoch(run.epoch)
                 set_epoch = getattr(train_loader.dataset, "set_epoch", None)
