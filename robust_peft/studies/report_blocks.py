@@ -1,4 +1,4 @@
-"""What a report is made of, whatever it is written as: paragraphs, lists, tables and figures with plain text in them."""
+"""What a report is made of, whatever it is written as: paragraphs, lists, tables, figures."""
 
 from __future__ import annotations
 

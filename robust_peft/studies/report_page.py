@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from robust_peft.studies.report_blocks import Block, Cell, Code, Figure, Items, Paragraph, Section, Table
+from robust_peft.studies.report_blocks import Block, Cell, Code, Figure, Items, Paragraph, Section
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --page: #fff; --line: #c8c8c8; --soft: #f3f3f3; --link: #004b8d; }
@@ -65,7 +65,8 @@ def to_html(title: str, sections: Sequence[Section], folder: str | Path) -> str:
 
 def _html(block: Block, folder: Path, prefix: str) -> str:
     if isinstance(block, Paragraph):
-        return f"<p{' class="lead"' if block.lead else ''}>{escape(block.text)}</p>"
+        kind = ' class="lead"' if block.lead else ""
+        return f"<p{kind}>{escape(block.text)}</p>"
     if isinstance(block, Items):
         return "<ul>\n" + "\n".join(f"<li>{escape(item)}</li>" for item in block.items) + "\n</ul>"
     if isinstance(block, Code):

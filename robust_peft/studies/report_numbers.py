@@ -1,0 +1,106 @@
+"""All numbers of a report as plain JSON values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from robust_peft.studies.comparisons import Comparison
+from robust_peft.studies.records import Record
+from robust_peft.studies.statistics import Front, MethodResult, Panel
+from robust_peft.studies.study import Study
+
+ByPanel = Mapping[tuple[str, str], Sequence[Comparison]]
+"""(panel's name, stage) -> comparisons."""
+
+
+def numbers(
+    study: Study, records: Sequence[Record], panels: Sequence[Panel], fronts: ByPanel, methods: ByPanel, output: Path
+) -> dict[str, Any]:
+    """Everything that the page shows and the runs' own numbers, as fractions; folders relative to the report."""
+    return {
+        "study": study.name,
+        "question": study.question,
+        "reference": [0.0, 0.0],
+        "panels": [
+            {
+                "panel": panel.name,
+                "stage": panel.stage,
+                "attacks": list(panel.attacks),
+                "threat": panel.threat,
+                "samples": len(panel.samples),
+                "notes": list(panel.notes),
+                "fronts": [_front(front, panel.size, output) for front in panel.fronts],
+                "repeated": [_method(method, output) for method in panel.repeated],
+                "comparisons": [_comparison(c) for c in (*fronts[key], *methods[key])],
+            }
+            for panel in panels
+            for key in [(panel.name, panel.stage)]
+        ],
+        "runs": [_run(record, output) for record in records],
+    }
+
+
+def _front(front: Front, size: int, output: Path) -> dict[str, Any]:
+    return {
+        "family": front.family,
+        "methods": [_method(method, output) for method in front.methods],
+        "non_dominated": [method.name for method in front.best],
+        "hypervolume_of_means": front.hypervolume_of_means,
+        "seeds": list(front.seeds),
+        "hypervolumes": list(front.hypervolumes()),
+        "equal_size": size,
+        "hypervolumes_at_equal_size": list(front.hypervolumes(size)),
+    }
+
+
+def _method(method: MethodResult, output: Path) -> dict[str, Any]:
+    return {
+        "method": method.name,
+        "same_as": method.same_as,
+        "standard_accuracy": method.mean[0],
+        "standard_interval": method.intervals[0],
+        "adversarial_accuracy": method.mean[1],
+        "adversarial_interval": method.intervals[1],
+        "runs": [
+            {"seed": run.seed, "standard_accuracy": x, "adversarial_accuracy": y, "folder": _folder(run.record, output)}
+            for run, (x, y) in zip(method.runs, method.of_seeds, strict=True)
+        ],
+    }
+
+
+def _comparison(c: Comparison) -> dict[str, Any]:
+    return {
+        "first": c.first,
+        "second": c.second,
+        "quantity": c.quantity,
+        "points": c.size,
+        "seeds": list(c.seeds),
+        "of_first": list(c.of_first),
+        "of_second": list(c.of_second),
+        "difference": c.difference,
+        "interval_over_images": c.interval,
+        "interval_over_seeds": c.seed_interval,
+        "p_over_images": c.p_samples,
+        "p_over_seeds": c.p_seeds,
+        "p_holm": c.p_adjusted,
+        "verdict": c.verdict,
+    }
+
+
+def _run(record: Record, output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"key": record.key, "panel": dict(record.panel), "method": record.method}
+    found |= {"seed": record.seed, "folder": _folder(record, output), "status": record.status, "error": record.error}
+    for stage in ("measured", "confirmed"):
+        found[stage] = [
+            {"attack": v.attack, "threat": v.threat, "correct": v.accuracy.correct, "total": v.accuracy.total}
+            for v in getattr(record, stage)
+        ]
+    found |= {"audit": record.audit, "audit_failures": list(record.audit_failures), "training": dict(record.training)}
+    return found
+
+
+def _folder(record: Record, output: Path) -> str:
+    return Path(os.path.relpath(record.folder, output)).as_posix()

@@ -1,0 +1,75 @@
+"""Where a report's numbers come from: measurements, software, hardware, commands and run folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from robust_peft.files import read_json
+from robust_peft.studies.records import Record
+from robust_peft.studies.report_blocks import Block, Code, Items, Paragraph, Table
+from robust_peft.studies.report_tables import runs_table
+from robust_peft.studies.statistics import Panel
+from robust_peft.studies.study import Study
+
+MOST_COMMANDS = 10  # on the page; report.json has them all
+
+
+def origin(study: Study, records: Sequence[Record], panels: Sequence[Panel], output: Path) -> list[Block]:
+    """Seeds, measurements, software, hardware, commands, and all runs with their folders."""
+    seeds = ", ".join(map(str, sorted({record.seed for record in records})))
+    plans = [f"Seeds: {seeds}."]
+    for name, plan in (("Search", study.measure), ("Final measurement", study.confirm)):
+        if plan is not None:
+            images = "all images" if plan.limit is None else f"the first {plan.limit} images"
+            each = ", each attack on every image" if plan.each else ""
+            plans.append(f"{name}: {', '.join(plan.attacks)} on {images} of the {plan.split} split{each}.")
+    blocks: list[Block] = [Items(tuple(plans))]
+    made = environments(records)
+    if made:
+        rows = []
+        for environment, folders in made:
+            versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+            cells = [str(environment.get(key) or "") for key in ("device", "processes", "precision", "python")]
+            rows.append((str(len(folders)), *cells, versions, environment.get("commit") or ""))
+        header = ("runs", "device", "processes", "precision", "Python", "versions", "commit")
+        blocks.append(Table("What the runs were made with.", header, tuple(rows)))
+        commands = list(dict.fromkeys(e["command"] for e in descriptions(records).values() if e.get("command")))
+        more = (
+            (f"... and {len(commands) - MOST_COMMANDS} more in report.json",) if len(commands) > MOST_COMMANDS else ()
+        )
+        blocks += [Paragraph("Commands:"), Code((*commands[:MOST_COMMANDS], *more))] if commands else []
+    return [*blocks, runs_table(panels, records, output)]
+
+
+def descriptions(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Key -> what the run folder's config.json says, for the runs that have one."""
+    found = {}
+    for record in records:
+        path = record.folder / "config.json"
+        if path.is_file():
+            found[record.key] = read_json(path)
+    return found
+
+
+def environments(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[str]]]:
+    """What runs were made with, each different one with the names of its run folders."""
+    keys = ("device", "processes", "precision", "python", "versions", "commit")
+    folders = {record.key: record.folder.name for record in records}
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    for key, description in descriptions(records).items():
+        environment = {name: description.get(name) for name in keys}
+        environment["versions"] = environment["versions"] or {}
+        for other, names in found:
+            if other == environment:
+                names.append(folders[key])
+                break
+        else:
+            found.append((environment, [folders[key]]))
+    return found
+
+
+def commands(records: Sequence[Record]) -> list[str]:
+    """The commands that the runs were started with, each once."""
+    return list(dict.fromkeys(found["command"] for found in descriptions(records).values() if found.get("command")))
