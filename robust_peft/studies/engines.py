@@ -80,7 +80,7 @@ class LocalEngine:
             if process.exitcode is not None:
                 process.join()
                 del self._running[slot]
-                found.append((task, _outcome(process.exitcode)))
+                found.append((task, _outcome(process.exitcode, task.files.notes / "output.txt")))
         return found
 
     def close(self) -> None:
@@ -91,14 +91,26 @@ class LocalEngine:
         self._running.clear()
 
 
-def _outcome(code: int) -> str:
+def make_engine(name: str = "local", jobs: int | None = None) -> Engine:
+    """The engine of that name: "local" or "ray"."""
+    if name == "ray":
+        from robust_peft.studies.ray_engine import RayEngine
+
+        return RayEngine(jobs)
+    if name != "local":
+        raise ValueError(f"engine should be local or ray. Found engine = {name!r}.")
+    return LocalEngine(1 if jobs is None else jobs)
+
+
+def _outcome(code: int, output: Path) -> str:
     for outcome, known in EXIT_CODES.items():
         if code == known:
             return outcome
     if code < 0:
         more = " (the machine's memory was full?)" if code == -9 else ""
         return f"The process was ended by signal {-code}{more}."
-    return f"The process ended with status {code}."
+    printed = output.read_text(errors="replace").strip().splitlines() if output.is_file() else []
+    return f"The process ended with status {code}{': ' + printed[-1] if printed else '.'}"
 
 
 def work_in_process(task: Task, slot: int, jobs: int) -> None:
@@ -106,7 +118,7 @@ def work_in_process(task: Task, slot: int, jobs: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _write_output_to(task.files.notes / "output.txt")
+    write_output_to(task.files.notes / "output.txt")
     share_machine(slot, jobs)
     from robust_peft.studies.work import perform
 
@@ -119,7 +131,8 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-def _write_output_to(path: Path) -> None:
+def write_output_to(path: Path) -> None:
+    """Let what this process prints go into a file, behind what is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         os.dup2(file.fileno(), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,9 +26,9 @@ class PeakMemory:
         self.peak: int | None = None
         self.of = "device memory allocated by torch"
         self._before: int | None = None
+        self._device: Any = process_state().device
 
     def __enter__(self) -> PeakMemory:
-        self._device = process_state().device
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:

@@ -56,6 +56,32 @@ def run_study(
         engine.close()
 
 
+def run_point(study: Study, output: str | Path, key: str, *, time_limit: float | None = None) -> tuple[str, int]:
+    """Train and measure one point in this process (or in the processes of a distributed run), also one that failed.
+
+    Returns:
+        What became of it, in words, and an exit status: 1 if it failed.
+
+    Raises:
+        ValueError: If the study has no such point, or the folder is another study's.
+    """
+    from robust_peft.processes import on_main_or_raise
+    from robust_peft.studies.work import perform
+
+    points = [point for point in study.points() if point.key == key]
+    if not points:
+        raise ValueError(f"{study.name} has no point {key}; robust-peft study commands lists them.")
+    output = Path(output)
+    on_main_or_raise(lambda: claim_folder(study, output))
+    outcomes = []
+    for point in points:  # panels may share a run
+        outcome = perform(Task(output, point, study.measure, time_limit=time_limit))
+        outcomes.append(outcome)
+    findings = [finding for finding in survey(study, output) if finding.point.key == key]
+    said = [_described(outcome, finding) for outcome, finding in zip(outcomes, findings, strict=True)]
+    return "\n".join(said), int(FAILED in outcomes)
+
+
 def claim_folder(study: Study, output: Path) -> None:
     """Make the folder a study's, or refuse another's."""
     path = output / "study.json"
@@ -115,25 +141,30 @@ class _Runner:
         started = [event["stage"] for event in task.files.events() if event["event"] == "started"]
         stage = started[-1] if started else "train"
         plan = {MEASURED: task.measure, CONFIRMED: task.confirm}.get(stage)
-        with task.files.claimed() as held:
+        with task.files.claimed(patience=0.5) as held:
             if held:
                 details = f"{said} What it printed is in {task.files.notes / 'output.txt'}.\n"
                 task.files.write_failure(stage, plan, said, details)
 
     def _tell(self, task: Task, outcome: str, findings: list[Finding]) -> None:
-        if outcome == BUSY:
-            return
-        (finding,) = [f for f in findings if f.point.folder == task.point.folder]
-        done = sum(f.status in ("done", "failed") for f in findings)
-        what = f"[{done}/{len(findings)}] {task.point.name}"
-        if finding.error is not None:
-            self.say(f"{what}: FAILED. {finding.error}")
-        elif outcome == STOPPED:
-            self.say(f"{what}: stopped by the time limit.")
-        elif finding.confirmed is not None:
-            self.say(f"{what}: confirmed, {describe(finding, CONFIRMED)}")
-        elif finding.measured is not None:
-            self.say(f"{what}: {describe(finding, MEASURED)}")
+        if outcome != BUSY:
+            (finding,) = [f for f in findings if f.point.folder == task.point.folder]
+            done = sum(f.status in ("done", "failed") for f in findings)
+            self.say(f"[{done}/{len(findings)}] {_described(outcome, finding)}")
+
+
+def _described(outcome: str, finding: Finding) -> str:
+    """One line about a task's end."""
+    name = finding.point.name
+    if outcome == BUSY:
+        return f"{name}: another process is at it."
+    if finding.error is not None:
+        return f"{name}: FAILED. {finding.error}"
+    if outcome == STOPPED:
+        return f"{name}: stopped by the time limit; the same command goes on."
+    if finding.confirmed is not None:
+        return f"{name}: confirmed, {describe(finding, CONFIRMED)}"
+    return f"{name}: {describe(finding, MEASURED)}"
 
 
 def describe(finding: Finding, stage: str) -> str:

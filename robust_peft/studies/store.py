@@ -103,15 +103,15 @@ class PointFolder:
             (self.notes / name).unlink(missing_ok=True)
 
     @contextmanager
-    def claimed(self) -> Iterator[bool]:
-        """Hold the point for this process; gives False where another one does.
+    def claimed(self, patience: float = 0.0) -> Iterator[bool]:
+        """Hold the point for this process; gives False where another one does, after so many seconds.
 
         The system lets go of it when the process ends, however it ends.
         """
         self.notes.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._lock)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
             yield False
             return

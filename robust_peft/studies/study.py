@@ -79,6 +79,8 @@ class Measurement:
             raise ValueError(f"split should be validation or test. Found split = {self.split!r}.")
         if "clean" not in self.attacks or len(self.attacks) < 2:
             raise ValueError(f"attacks should be clean and at least one attack. Found {', '.join(self.attacks)}.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit should be at least 1 or None. Found limit = {self.limit!r}.")
 
 
 @dataclass(frozen=True)
@@ -225,4 +227,4 @@ def apply_settings(config: RunConfig, settings: Settings) -> RunConfig:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "_", text.lower()).strip("_")
+    return re.sub(r"[^a-z0-9.]+", "_", text.lower()).strip("_")[:80]  # a file's name has at most 255 letters

@@ -32,7 +32,8 @@ def perform(task: Task) -> str:
     """
     files, main = task.files, process_state().is_main_process
     with ExitStack() as stack:
-        held = stack.enter_context(files.claimed()) if main else False
+        # Patience, because whoever looks whether a point is held holds it for a moment.
+        held = stack.enter_context(files.claimed(patience=0.5)) if main else False
         if not gather([held])[0]:
             return BUSY
         work = _Work(task)

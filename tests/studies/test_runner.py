@@ -1,0 +1,165 @@
+"""What a study runs and what it leaves alone; everything in this process, the processes have tests of their own."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import robust_peft as rp
+from robust_peft.evaluation import Report
+from robust_peft.runs import run_images
+from robust_peft.studies import Measurement, Method, collect, run_study
+from robust_peft.studies.runner import run_point
+from robust_peft.studies.status import describe_status
+from robust_peft.studies.store import PointFolder
+from robust_peft.studies.survey import accuracies
+
+MEASURED_ATTACKS = ["clean", "fgsm", "pgd-2"]  # conftest's
+
+LUCK = "net.py:broken failed: RuntimeError: out of luck."
+
+
+def started(output, stage=None):
+    """How often each point's stages were started."""
+    counts = {}
+    for path in output.glob("points/*/log.jsonl"):
+        for line in path.read_text().splitlines():
+            event = json.loads(line)
+            if event["event"] == "started" and stage in (None, event["stage"]):
+                counts[path.parent.name, event["stage"]] = counts.get((path.parent.name, event["stage"]), 0) + 1
+    return counts
+
+
+def test_a_study_is_trained_measured_confirmed_and_then_left_alone(make_study, same_process, tmp_path):
+    study, output, said = make_study(seeds=(0, 1)), tmp_path / "out", []
+    findings = run_study(study, output, engine=same_process(), say=said.append)
+    records = collect(study, output)
+    assert [record.status for record in records] == ["done"] * 6
+    assert [(record.method, record.seed) for record in records[:4]] == [
+        ("vanilla (lam 0.1)", 0),
+        ("vanilla (lam 0.9)", 0),
+        ("CA-AT", 0),
+        ("vanilla (lam 0.1)", 1),
+    ]
+    for record in records:
+        assert [verdicts.attack for verdicts in record.measured] == MEASURED_ATTACKS
+        assert [verdicts.threat for verdicts in record.measured] == ["", "L-inf 0.2", "L-inf 0.2"]
+        assert all(verdicts.accuracy.total == 10 for verdicts in record.measured)
+        assert record.training["trainable_parameters"] > 1000 and record.training["bytes_on_disk"] > 4000
+        assert 0 < record.training["seconds_per_step"] < record.training["seconds"]
+        assert (record.folder / "README.md").is_file()
+    # The figures are the saved model's own.
+    images, threat = run_images(records[1].folder).validation, rp.ThreatModel("linf", "0.2")
+    again = rp.evaluate(rp.load_run(records[1].folder), images, [threat], MEASURED_ATTACKS, batch_size=4, limit=10)
+    assert [result.accuracy for result in again.results] == [v.accuracy for v in records[1].measured]
+
+    # The single member of a family is always on its front; of the others those that no other one beats.
+    means = {}
+    for finding in findings:
+        means.setdefault(finding.point.method.name, []).append(accuracies(finding.point, finding.measured))
+    pairs = {name: tuple(sum(values) for values in zip(*of_seeds, strict=True)) for name, of_seeds in means.items()}
+    low, high = pairs["vanilla (lam 0.1)"], pairs["vanilla (lam 0.9)"]
+    beaten = {
+        "vanilla (lam 0.1)": low != high and low[0] <= high[0] and low[1] <= high[1],
+        "vanilla (lam 0.9)": low != high and high[0] <= low[0] and high[1] <= low[1],
+        "CA-AT": False,
+    }
+    for record in records:
+        assert bool(record.confirmed) is not beaten[record.method]
+        assert [verdicts.accuracy.total for verdicts in record.confirmed] in ([], [12, 12])
+    assert sum("confirmed" in line for line in said) == sum(bool(record.confirmed) for record in records)
+
+    before = started(output)
+    assert set(before.values()) == {1}
+    engine = same_process()
+    run_study(study, output, engine=engine)
+    assert engine.tasks == [] and started(output) == before
+    report = Report.load(output / "points" / study.points()[0].folder / "measured.json")
+    assert report.finished and report.data == "validation"
+    with pytest.raises(ValueError, match="holds the study colours, not other"):
+        run_study(make_study(name="other"), output, engine=same_process())
+
+
+def test_a_failing_point_is_kept_with_its_error_and_stops_nothing_else(make_study, same_process, tmp_path):
+    broken = Method("broken", settings={"backbone.name": "net.py:broken"})
+    study = make_study(methods=(broken, Method("CA-AT")))
+    run_study(study, tmp_path / "out", engine=same_process(), say=lambda line: None)
+    failed, done = collect(study, tmp_path / "out")
+    assert failed.status == "failed" and failed.error == f"ValueError: {LUCK}" and not failed.measured
+    assert done.status == "done" and done.confirmed
+    files = PointFolder(tmp_path / "out", study.points()[0])
+    assert "Traceback" in (files.notes / "error.txt").read_text()
+    assert f"FAILED: all, broken, seed 0: {failed.error}" in describe_status(study, tmp_path / "out")
+
+    run_study(study, tmp_path / "out", engine=(again := same_process()), say=lambda line: None)
+    assert again.tasks == []
+    text = (tmp_path / "net.py").read_text()
+    (tmp_path / "net.py").write_text(text.replace('raise RuntimeError("out of luck")', "return network()"))
+    run_study(study, tmp_path / "out", engine=same_process(), retry_failed=True, say=lambda line: None)
+    assert [record.status for record in collect(study, tmp_path / "out")] == ["done", "done"]
+    assert not (files.notes / "error.json").exists()
+
+
+def test_what_is_measured_otherwise_is_measured_again_and_not_trained_again(make_study, same_process, tmp_path):
+    study, output = make_study(methods=(Method("CA-AT"),), confirm=None), tmp_path / "out"
+    run_study(study, output, engine=same_process(), say=lambda line: None)
+    other = replace(study, measure=Measurement(("clean", "pgd-2"), split="validation", limit=6))
+    (record,) = collect(other, output)
+    assert record.status == "trained" and not record.measured
+    run_study(other, output, engine=same_process(), say=lambda line: None)
+    (record,) = collect(other, output)
+    assert [verdicts.accuracy.total for verdicts in record.measured] == [6, 6]
+    on_test = replace(study, measure=Measurement(("clean", "pgd-2"), split="test", limit=6, eps=("0.1",)))
+    run_study(on_test, output, engine=same_process(), say=lambda line: None)
+    (record,) = collect(on_test, output)
+    assert [verdicts.threat for verdicts in record.measured] == ["", "L-inf 0.2", "L-inf 0.1"]
+    assert set(started(output, "train").values()) == {1} and set(started(output, "measured").values()) == {3}
+
+
+def test_an_audit_goes_with_the_confirmation(make_study, same_process, tmp_path):
+    study = make_study(methods=(Method("CA-AT"),), confirm=replace(make_study().confirm, audit=True))
+    run_study(study, tmp_path / "out", engine=same_process(), say=lambda line: None)
+    (record,) = collect(study, tmp_path / "out")
+    assert record.audit in ("passed", "warnings", "failed")
+    assert (record.audit == "failed") is bool(record.audit_failures)
+    assert (record.folder.parents[1] / "points" / record.folder.name / "audit" / "audit.md").is_file()
+
+
+def test_the_time_limit_stops_and_the_same_call_goes_on(make_study, same_process, tmp_path):
+    study, output = make_study(methods=(Method("CA-AT"),), confirm=None), tmp_path / "out"
+    tries = 0
+    while collect(study, output)[0].status != "done":
+        run_study(study, output, engine=same_process(), time_limit=0.02 * 1.2**tries, say=lambda line: None)
+        tries += 1
+        assert tries < 60
+    assert tries > 2
+    whole = tmp_path / "whole"
+    run_study(study, whole, engine=same_process(), say=lambda line: None)
+    assert collect(study, output)[0].measured == collect(study, whole)[0].measured
+
+
+def test_a_point_that_another_process_holds_is_let_be(make_study, same_process, tmp_path):
+    study, output = make_study(confirm=None), tmp_path / "out"
+    point = study.points()[1]
+    with PointFolder(output, point).claimed() as held:
+        assert held
+        assert [record.status for record in collect(study, output)] == ["waiting", "running", "waiting"]
+        said, status = run_point(study, output, point.key)
+        assert status == 0 and said == "all, vanilla (lam 0.9), seed 0: another process is at it."
+        with pytest.raises(KeyboardInterrupt):  # at a third task: it would wait for the other process
+            run_study(study, output, engine=same_process(most=1), say=lambda line: None)
+    assert [record.status for record in collect(study, output)] == ["done", "waiting", "waiting"]
+    said, status = run_point(study, output, point.key)
+    assert status == 0 and "% standard" in said
+    with pytest.raises(ValueError, match="has no point abc"):
+        run_point(study, output, "abc")
+
+
+def test_an_unfinished_start_is_no_obstacle(make_study, same_process, tmp_path):
+    """A process that was killed while it wrote a run's first file."""
+    study, output = make_study(methods=(Method("CA-AT"),), confirm=None), tmp_path / "out"
+    run = PointFolder(output, study.points()[0]).run
+    run.mkdir(parents=True)
+    (run / ".config.json.abc.tmp").write_text("{")
+    run_study(study, output, engine=same_process(), say=lambda line: None)
+    assert collect(study, output)[0].status == "done"
