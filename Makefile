@@ -15,10 +15,10 @@ export PYTHONUNBUFFERED := 1
 OFFLINE := HF_HUB_OFFLINE=1 PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check test-lowest wheel clean
+.PHONY: help demo test test-all test-browser check test-lowest wheel clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(DEMO_STAMP) ## Fine-tune and evaluate a small model on real data; figures and numbers go to runs/quickstart.
 	$(BIN)/python recipes/quickstart.py --output runs/quickstart --overwrite
@@ -28,6 +28,14 @@ test: check ## Lint, types, and every test that is not marked slow.
 
 test-all: check ## Lint, types, and every test.
 	$(OFFLINE) $(BIN)/python -m pytest --durations=30
+
+# CHROMIUM=/path/to/chromium names a browser; without one on the path, playwright fetches its own.
+test-browser: $(VENV)/.installed-browser ## A study's report in headless Chromium, at the width of a phone and of a desk.
+	@[ -n "$$CHROMIUM" ] || command -v chromium-headless-shell chromium chromium-browser google-chrome chrome >/dev/null || \
+	  $(BIN)/playwright install chromium-headless-shell || \
+	  { echo "Expected Chromium: install it, e.g. apt-get install chromium, or say make test-browser CHROMIUM=PATH" >&2; \
+	    exit 1; }
+	$(OFFLINE) $(BIN)/python -m pytest tests/browser
 
 check: $(TEST_STAMP) ## Lint, format and types.
 	$(BIN)/ruff check .
@@ -59,6 +67,10 @@ $(VENV)/bin/python:
 $(VENV)/.installed-demo $(TEST_STAMP): $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing the package with its extra '$*' into $(VENV) (about two minutes the first time) ..."
 	@$(PIP) --editable '.[$*]'
+	@touch $@
+
+$(VENV)/.installed-browser: pyproject.toml $(TEST_STAMP)
+	@$(PIP) --editable '.[browser]'
 	@touch $@
 
 # Made anew each time: two releases of torch leave parts of each other's CUDA libraries behind when they are exchanged.

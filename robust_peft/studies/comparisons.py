@@ -122,7 +122,8 @@ def compare_fronts(panel: Panel, resamples: Resamples | None = None) -> list[Com
     """Each family's hypervolume against that of the panel's first family, on equally many points.
 
     In the search the larger of two families counts with the mean over its subsets of the smaller one's size. In the
-    final measurement all points count: they were chosen before, and fewer of them is no fewer tries.
+    final measurement all points count: they were chosen before, and fewer of them is no fewer tries. One point alone is
+    no front beside several, so that such pairs are left to `compare_methods`.
 
     Args:
         panel: The panel.
@@ -137,6 +138,8 @@ def compare_fronts(panel: Panel, resamples: Resamples | None = None) -> list[Com
     base, found = panel.fronts[0], []
     for front in panel.fronts[1:]:
         size = min(front.size, base.size)
+        if is_single(front, base):
+            continue
 
         def measure(which: Front, seed: int, size: int = size) -> tuple[float, np.ndarray]:
             return resamples.hypervolume(which, seed, size if panel.stage == "measured" else None)
@@ -145,6 +148,11 @@ def compare_fronts(panel: Panel, resamples: Resamples | None = None) -> list[Com
         shown = size if panel.stage == "measured" else None
         found += _compare(front, base, (front.family, base.family, "hypervolume", shown), seeds, measure)
     return _adjusted(found)
+
+
+def is_single(front: Front, other: Front) -> bool:
+    """Whether one of the two has one point and the other several: how balanced that point is decides, no front."""
+    return min(front.size, other.size) == 1 < max(front.size, other.size)
 
 
 def compare_methods(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from robust_peft.studies.comparisons import LEAST_SEEDS, Comparison
+from robust_peft.studies.comparisons import LEAST_SEEDS, Comparison, is_single
 from robust_peft.studies.records import Record
 from robust_peft.studies.report_blocks import Block, Items, Paragraph
-from robust_peft.studies.statistics import Panel, Stage
+from robust_peft.studies.statistics import Front, Panel, Stage
 from robust_peft.studies.study import Study
 
 STAGES: dict[Stage, str] = {"measured": "search", "confirmed": "final measurement"}
@@ -67,7 +67,9 @@ def _in_short(study: Study, panels: Sequence[Panel], found: Mapping[str, Sequenc
     if not panels:
         return "There is no answer yet: nothing has been measured."
     comparisons = [(panel, c) for panel in panels for c in found[panel.name]]
-    if not comparisons:
+    singles = [_single(panel, front, len(panels)) for panel in panels for front in panel.fronts[1:]]
+    singles = [said for said in singles if said]
+    if not comparisons and not singles:
         families = dict.fromkeys(method.family for method in study.methods)
         return (
             f"{', '.join(families)} is the only family, so that there is nothing to compare it with."
@@ -82,7 +84,19 @@ def _in_short(study: Study, panels: Sequence[Panel], found: Mapping[str, Sequenc
                 groups.setdefault(_outcome(c), []).append(panel.name)
         said = "; ".join(outcome + _on(names, len(panels)) for outcome, names in groups.items())
         sentences.append(f"{first} against {second}: {said}.")
-    return " ".join(sentences)
+    return " ".join([*sentences, *singles])
+
+
+def _single(panel: Panel, front: Front, panels: int) -> str:
+    """What to say of a family of one point beside a front, or nothing."""
+    base = panel.fronts[0]
+    if not is_single(front, base):
+        return ""
+    alone, other = (front, base) if front.size == 1 else (base, front)
+    x, y = alone.methods[0].mean
+    above = [m.name for m in other.methods if m.mean[0] >= x and m.mean[1] >= y and m.mean != (x, y)]
+    said = f"below {' and '.join(above)} in both accuracies" if above else f"not dominated by any of {other.family}'s"
+    return f"{alone.family} is one point and no front,{_on([panel.name], panels)} {said}.".replace(",  ", ", ")
 
 
 def _outcome(c: Comparison) -> str:
@@ -91,16 +105,16 @@ def _outcome(c: Comparison) -> str:
     better = "better" if c.difference > 0 else "worse"
     limits = []
     if not c.resolved:
-        limits.append("as a comparison alone, not after Holm's correction")
+        limits.append("as a comparison alone but not after Holm's correction")
     if c.p_seeds is None:
-        seeds = "this one seed" if len(c.seeds) == 1 else f"these {len(c.seeds)} seeds"
-        limits.append(f"on other images for {seeds}, nothing can be said of other seeds")
-    limit = f", resolved {' and '.join(limits)}" if limits else ", resolved over images and seeds"
+        seeds = "one seed is" if len(c.seeds) == 1 else f"{len(c.seeds)} seeds are"
+        limits.append(f"over images only, {seeds} too few for a test over seeds")
+    limit = f", resolved {', '.join(limits)}" if limits else ", resolved over images and seeds"
     return f"the front is {better} ({100 * c.difference:+.2f} points of hypervolume{limit})"
 
 
 def _on(names: Sequence[str], panels: int) -> str:
-    return "" if panels == 1 else f" on {' and on '.join(names)}"
+    return "" if panels == 1 else f" on {' and '.join(names)}"
 
 
 def _where(panel: Panel) -> str:

@@ -18,6 +18,7 @@ BASE = RunConfig(
 SEARCH = Measurement(("clean", "apgd-ce", "t-apgd-dlr"), split="validation", limit=200)
 FINAL = Measurement(("clean", "autoattack"), audit=True)
 THREAT = "L-inf 8/255"
+LONG_PANEL = "a backbone with a very long name/of two parts"
 
 FAMILIES = (
     *grid("vanilla", "surgery.lam", (0.0, 0.25, 0.5, 0.75, 1.0), {"surgery.name": "vanilla"}),
@@ -108,12 +109,13 @@ def troubled_study() -> Study:
     return Study(
         "troubles",
         (
-            Method("<b>base</b> & *co*", "lam | 0.5 `x`", {"surgery.lam": 0.5}),
-            Method(long, "a label that is far too long to be written beside a point", {"surgery.lam": 0.25}),
+            Method("<b>base</b> & *co*", "lam | 0.5 `x`", {"surgery.name": "vanilla", "surgery.lam": 0.5}),
+            Method(long, "a label that is far too long to be written beside a point", {"surgery.name": "vanilla", "surgery.lam": 0.25}),
             Method(long, "gamma 0.5", {"surgery.name": "ca-at", "surgery.gamma": 0.5}),
             Method("never finished", "", {"surgery.name": "mgda"}),
         ),
-        BASE, axes={"backbone": {"a backbone with a very long name/of two parts": {}, "<script>alert(1)</script>": {"optim.lr": 0.01}}},
+        BASE,
+        axes={"backbone": {LONG_PANEL: {}, "<script>alert(1)</script>": {"optim.lr": 0.01}}},
         measure=SEARCH, question="Is <i>this</i> escaped & legible?",
     )  # fmt: skip
 
