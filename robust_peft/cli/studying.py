@@ -120,11 +120,12 @@ def _run(parsed: Run) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("study run starts its own processes; call it without accelerate launch or torchrun.")
     study, output = _load(parsed)
+    engine = make_engine(parsed.engine, parsed.jobs)
     print(f"{study.name}: {len(study.points())} points, in {output}", flush=True)
     findings = run_study(
         study,
         output,
-        engine=make_engine(parsed.engine, parsed.jobs),
+        engine=engine,
         retry_failed=parsed.retry_failed,
         time_limit=parsed.time_limit,
         say=lambda line: print(line, flush=True),

@@ -7,7 +7,7 @@ import os
 import time
 from typing import Any
 
-from robust_peft.studies.engines import write_output_to
+from robust_peft.studies.local_engine import write_output_to
 from robust_peft.studies.task import Task
 
 

@@ -41,7 +41,7 @@ class Record:
         seed: The run's seed.
         folder: The run folder.
         status: "waiting", "running", "trained" (not measured yet), "done" or "failed".
-        error: What a failed point said.
+        error: What a failed point said; also of a point that is "done", where its final measurement failed.
         measured: Verdicts of the measurement that every point gets: "clean" first, then each attack; else empty.
         confirmed: Verdicts of the final measurement; empty where the point was not chosen for it.
         audit: "passed", "failed", "warnings", or None where there was no audit; ``audit_failures`` names checks.

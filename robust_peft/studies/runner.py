@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from robust_peft.files import read_json, write_json
-from robust_peft.studies.engines import Engine, LocalEngine
+from robust_peft.studies.engines import Engine
+from robust_peft.studies.local_engine import LocalEngine
 from robust_peft.studies.store import CONFIRMED, MEASURED
 from robust_peft.studies.study import Study
 from robust_peft.studies.survey import Finding, accuracies, survey

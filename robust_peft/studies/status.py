@@ -68,7 +68,8 @@ def time_left(study: Study, findings: list[Finding], jobs: int | None = None) ->
     more = "" if not unknown else "; what is being confirmed is not in it, before a first one is"
     pending = study.confirm is not None and any(finding.chosen is None for finding in findings)
     more += "; the confirmation of the fronts comes on top" if pending else ""
-    return f"Time left: about {duration(total / jobs)}, {side}, by what {known} finished points took{more}."
+    points = f"{known} finished point{'s' if known != 1 else ''}"
+    return f"Time left: about {duration(total / jobs)}, {side}, by what {points} took{more}."
 
 
 def duration(seconds: float) -> str:

@@ -76,7 +76,7 @@ def test_the_time_left_comes_from_what_finished_points_took(write, capsys):
     assert cli.main(["study", "status", "study.py", "--output", "out"]) == 0
     said = capsys.readouterr().out
     assert "1 done, 1 waiting of 2" in said
-    assert "Time left: about 90 min, one after another, by what 1 finished points took; the confirmation" in said
+    assert "Time left: about 1 h 30 min, one after another, by what 1 finished point took; the confirmation" in said
     assert cli.main(["study", "status", "study.py", "--output", "out", "--jobs", "2"]) == 0
     assert "Time left: about 45 min, 2 side by side" in capsys.readouterr().out
 
