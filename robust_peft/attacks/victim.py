@@ -23,8 +23,10 @@ def as_victim(model: nn.Module) -> Iterator[None]:
     Frozen flags, rather than discarded gradients, because then neither eager autograd nor a compiled graph computes
     parameter gradients at all. Modes and flags of each submodule and parameter are restored also after an exception.
     """
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modules = list(model.modules())  # once: a small model's modules take as long to list as a layer to compute
+    training = [module for module in modules if module.training]
+    own = (parameter for module in modules for parameter in module._parameters.values() if parameter is not None)
+    trainable = [parameter for parameter in own if parameter.requires_grad]
     try:
         for module in training:
             module.training = False

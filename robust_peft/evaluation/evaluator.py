@@ -248,7 +248,7 @@ class _Measuring:
         self.dtype = torch.float64 if own == torch.float64 else torch.float32
         if precision == "bf16" and own != torch.float32:
             raise ValueError(f'precision="bf16" is for float32 models. Found weights in {own}.')
-        self.searched = ReducedPrecision(model).requires_grad_(False).eval() if precision == "bf16" else self.model
+        self.searched = ReducedPrecision(model).eval() if precision == "bf16" else self.model
         self.coupled = couples_batch(model) or (transfer_from is not None and couples_batch(transfer_from))
         self.dataset, self.total, self.batch_size, self.seed = dataset, total, batch_size, seed
         self.precision, self.transfer_from, self.transfer_key = precision, None, ""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from robust_peft.models.reduced import attention_by_products, cast_frozen_weights
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -55,18 +57,15 @@ def in_own_precision(model: nn.Module) -> nn.Module:
 
 
 class ReducedPrecision(nn.Module):
-    """A copy of a float32 model whose matrix products and convolutions run in bfloat16, for the search alone.
-
-    Their weights are cast once; under autocast alone frozen weights would be cast again at every call.
-    """
+    """A copy of a float32 model that runs in bfloat16, for the search alone; as fast as in training."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model)
-        for module in self.model.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.to(torch.bfloat16)
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        cast_frozen_weights(self.model, torch.bfloat16)
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
+        device = images.device.type
+        by_products = attention_by_products(self.model) if device == "cpu" else nullcontext()
+        with torch.autocast(device, torch.bfloat16), by_products:
             return self.model(images).float()

@@ -1,15 +1,14 @@
-"""What makes training in reduced precision fast, beside autocast. All that it changes in the results is rounding."""
+"""What makes a model fast in reduced precision, beside autocast. All that it changes in the results is rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from robust_peft.training.precision import DTYPES
 
 # Layers that autocast casts to reduced precision, if their forward is torch's own.
 _CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -18,44 +17,40 @@ _CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BIAS_TABLE, _MASK = "relative_position_bias_table", "attn_mask"
 
 
-@contextmanager
-def frozen_weights_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, frozen weights of linear layers and convolutions are in ``dtype``; afterwards they are what they were.
+def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
+    """Cast frozen weights of linear layers and convolutions once, and return what brings the originals back.
 
     Autocast casts a frozen weight again at every call (it remembers only those that require a gradient), and the graph
-    keeps each cast alive until the backward pass. The casts here are the same, made once: results do not change by a
-    bit. Swin's frozen table of relative position biases is cast too, which does change them by rounding. The originals
-    are kept, and come back also after an exception.
+    keeps each cast alive until the backward pass. The casts here are the same: results do not change by a bit. Swin's
+    frozen table of relative position biases is cast too, which does change them by rounding.
 
     Args:
-        model: Its trainable parameters, its buffers and other layers are left alone.
+        model: Its trainable parameters and other layers are left alone.
         dtype: That of the autocast that the model runs under.
     """
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    masks: list[tuple[nn.Module, Tensor]] = []
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     made: dict[int, nn.Parameter] = {}  # weights that two layers share stay shared
-    try:
-        for module in model.modules():
-            whole = isinstance(module, _CAST) and type(module).forward in [kind.forward for kind in _CAST]
-            for name, parameter in module._parameters.items():
-                if parameter is None or parameter.requires_grad or parameter.dtype != torch.float32:
-                    continue
-                if not whole and name != _BIAS_TABLE:
-                    continue
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-                replaced.append((module, name, parameter))
-                module._parameters[name] = made[id(parameter)]
-            mask = module._buffers.get(_MASK)
-            if mask is not None and mask.dtype == torch.float32:
-                masks.append((module, mask))
-                module._buffers[_MASK] = mask.to(dtype)
-        yield
-    finally:
-        for module, name, parameter in replaced:
-            module._parameters[name] = parameter
-        for module, mask in masks:
-            module._buffers[_MASK] = mask
+    for module in model.modules():
+        whole = isinstance(module, _CAST) and type(module).forward in [kind.forward for kind in _CAST]
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.requires_grad or parameter.dtype != torch.float32:
+                continue
+            if not whole and name != _BIAS_TABLE:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+            replaced.append((module._parameters, name, parameter))
+            module._parameters[name] = made[id(parameter)]
+        mask = module._buffers.get(_MASK)
+        if mask is not None and mask.dtype == torch.float32:
+            replaced.append((module._buffers, _MASK, mask))
+            module._buffers[_MASK] = mask.to(dtype)
+
+    def restore() -> None:
+        for holder, name, tensor in replaced:
+            holder[name] = tensor
+
+    return restore
 
 
 @contextmanager
@@ -80,11 +75,11 @@ def attention_by_products(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def fast_in(precision: str, device: torch.device, model: nn.Module) -> Iterator[None]:
-    """All of the above that helps a model's training in "bf16" or "fp16" on a device; nothing for "fp32"."""
-    if precision == "fp32":
-        yield
-        return
-    attention = attention_by_products(model) if device.type == "cpu" else nullcontext()
-    with frozen_weights_in(model, DTYPES[precision]), attention:
-        yield
+def fast_in(dtype: torch.dtype, device: torch.device, model: nn.Module) -> Iterator[None]:
+    """All that helps a model under an autocast to ``dtype`` on a device; undone also after an exception."""
+    restore = cast_frozen_weights(model, dtype)
+    try:
+        with attention_by_products(model) if device.type == "cpu" else nullcontext():
+            yield
+    finally:
+        restore()

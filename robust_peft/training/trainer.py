@@ -22,13 +22,13 @@ from robust_peft import surgery as surgeries
 from robust_peft.attacks import PGD, Solver
 from robust_peft.config import OptimConfig, ValidationConfig, to_dict
 from robust_peft.losses import Loss, make_loss
+from robust_peft.models.reduced import fast_in
 from robust_peft.processes import on_cpu
 from robust_peft.training.drop_path import KeyedDropPaths, has_dropout
 from robust_peft.training.gradients import GradientPair, Surgery
 from robust_peft.training.optim import MovingAverage, make_optimizer, make_schedule
-from robust_peft.training.precision import autocast_for, resolve_precision
+from robust_peft.training.precision import DTYPES, autocast_for, resolve_precision
 from robust_peft.training.progress import Progress
-from robust_peft.training.reduced import fast_in
 from robust_peft.training.state import STATE_FILE, Checkpoint, MetricsLog, RunState, restore
 from robust_peft.training.step import AUGMENTATION, EXTRAS, Batch, add_gradients
 from robust_peft.training.update import Update
@@ -266,7 +266,9 @@ class Trainer:
             if self.accelerator.is_main_process:
                 checkpoint.save(run)
 
-        fast = fast_in(self.precision, self.device, self.model)
+        fast = nullcontext()
+        if self.precision != "fp32":
+            fast = fast_in(DTYPES[self.precision], self.device, self.model)
         with fast, drop_paths, Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
             while run.epoch < self.optim.epochs and not stopped:
                 loader.set_epoch(run.epoch)

@@ -1,17 +1,21 @@
 """Reduced precision made fast: the same numbers as under autocast alone, and a model that is left as it was."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from builders import tiny_adapted, tiny_attack, tiny_backbone, tiny_images, tiny_optim
 from torch import nn
 from torch.nn import functional
 
-import robust_peft as rp
-from robust_peft.data import train_loader
-from robust_peft.training.reduced import attention_by_products, fast_in, frozen_weights_in
+from robust_peft.models.micro_swin import micro_swin
+from robust_peft.models.reduced import attention_by_products, cast_frozen_weights, fast_in
+
+CPU = torch.device("cpu")
+
+
+def tiny_swin() -> nn.Module:
+    torch.manual_seed(0)
+    return micro_swin(3, image_size=16, width=8, depths=(2, 1), num_heads=(1, 2), window_size=2)
 
 
 class Attention(nn.Module):
@@ -55,9 +59,10 @@ def test_cast_once_the_weights_give_the_same_bits():
     model, images = plain(), torch.rand(2, 3, 8, 8)
     expected = outcome(model, images)
     kept = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
-    with frozen_weights_in(model, torch.bfloat16):
-        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        found = outcome(model, images)
+    restore = cast_frozen_weights(model, torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    found = outcome(model, images)
+    restore()
     assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == {
         "0.weight",
         "0.bias",
@@ -71,14 +76,14 @@ def test_cast_once_the_weights_give_the_same_bits():
 
 def test_swin_keeps_its_answers_to_rounding():
     torch.manual_seed(0)
-    model, images = tiny_backbone().eval(), torch.rand(2, 3, 16, 16)
+    model, images = tiny_swin().eval(), torch.rand(2, 3, 16, 16)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("head" in name)
         if "relative_position" in name:
             parameter.data.normal_()
     exact = outcome(copy.deepcopy(model).double(), images.double())
     autocast = outcome(model, images)
-    with fast_in("bf16", torch.device("cpu"), model):
+    with fast_in(torch.bfloat16, CPU, model):
         tables = {p.dtype for name, p in model.named_parameters() if "relative_position" in name}
         found = outcome(model, images)
     assert tables == {torch.bfloat16}
@@ -95,17 +100,17 @@ def test_shared_weights_stay_shared_and_other_layers_are_left_alone():
     one, other, scaled = nn.Linear(4, 4), nn.Linear(4, 4), Scaled(4, 4)
     other.weight = one.weight
     model = nn.Sequential(one, other, scaled, nn.LayerNorm(4)).requires_grad_(False)
-    with frozen_weights_in(model, torch.bfloat16):
-        assert one.weight is other.weight and one.weight.dtype == torch.bfloat16
-        assert scaled.weight.dtype == torch.float32 and model[3].weight.dtype == torch.float32
+    cast_frozen_weights(model, torch.bfloat16)
+    assert one.weight is other.weight and one.weight.dtype == torch.bfloat16
+    assert scaled.weight.dtype == torch.float32 and model[3].weight.dtype == torch.float32
 
 
 def test_everything_comes_back_after_an_exception():
-    model = nn.ModuleList([tiny_backbone().requires_grad_(False), Attention(8, 2)])
+    model = nn.ModuleList([tiny_swin().requires_grad_(False), Attention(8, 2)])
     before = {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     flash = torch.backends.cuda.flash_sdp_enabled()
-    with pytest.raises(RuntimeError, match="in between"), fast_in("bf16", torch.device("cpu"), model):
+    with pytest.raises(RuntimeError, match="in between"), fast_in(torch.bfloat16, CPU, model):
         assert not model[1].fused_attn
         raise RuntimeError("in between")
     assert model[1].fused_attn
@@ -124,30 +129,3 @@ def test_attention_by_products_is_as_exact_as_fused_attention():
     for reference, usual, products in zip(exact, fused, found, strict=True):
         assert (products - reference).norm() < 2 * (usual - reference).norm() + 1e-6
     assert not all(torch.equal(a, b) for a, b in zip(fused, found, strict=True)), "the same kernel"
-
-
-def test_float32_is_left_alone():
-    model = plain()
-    with fast_in("fp32", torch.device("cpu"), model):
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_training_sees_cast_weights_and_leaves_the_backbone_alone(precision: str):
-    model, seen = tiny_adapted(), []
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    dtypes = {name: tensor.dtype for name, tensor in before.items()}
-
-    def look(module: nn.Module, _: Any) -> None:
-        seen.append({p.dtype for name, p in module.named_parameters() if "qkv" in name})
-
-    model.register_forward_pre_hook(look)
-    trainer = rp.Trainer(model, attack=tiny_attack(), optim=tiny_optim(), precision=precision, progress=False)
-    trainer.fit(train_loader(tiny_images(), 6))
-    inside = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    assert {inside} in seen
-    after = model.state_dict()
-    assert {name: tensor.dtype for name, tensor in after.items()} == dtypes
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == trainable

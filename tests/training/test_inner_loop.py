@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 import robust_peft as rp
 from robust_peft import keyed_random
 from robust_peft.attacks.victim import as_victim
+from robust_peft.data import train_loader
 from robust_peft.training.optim import make_optimizer, make_schedule
 from robust_peft.training.state import RunState
 from robust_peft.training.step import Batch, add_gradients
@@ -123,3 +124,24 @@ def test_a_step_waits_for_the_device_once(loss: str, surgery: Any, monkeypatch: 
         step()
     assert counted.operations > 0 and CLASSES == model(batch.images).shape[1]
     assert reads == ["tolist"] and counted.waits == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_sees_cast_weights_and_leaves_the_backbone_alone(precision: str):
+    model, seen = tiny_adapted(), []
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dtypes = {name: tensor.dtype for name, tensor in before.items()}
+
+    def look(module: nn.Module, _: Any) -> None:
+        seen.append({p.dtype for name, p in module.named_parameters() if "qkv" in name})
+
+    model.register_forward_pre_hook(look)
+    trainer = rp.Trainer(model, attack=tiny_attack(), optim=tiny_optim(), precision=precision, progress=False)
+    trainer.fit(train_loader(tiny_images(), 6))
+    inside = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert {inside} in seen
+    after = model.state_dict()
+    assert {name: tensor.dtype for name, tensor in after.items()} == dtypes
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == trainable
