@@ -502,6 +502,8 @@ class RunConfig(Part):
     """auto: bf16 where the hardware multiplies it (GPU, CPU with AMX or AVX512-BF16), else fp32."""
     compile: bool = False
     """Compile the model with torch.compile (slow first step, faster ones after)."""
+    gradient_checkpointing: bool = False
+    """Keep only each transformer block's input for the backward pass: much less memory, a third more time."""
     channels_last: bool = False
     """Keep images and weights of convolutions in channels-last order, which is faster for ResNets."""
     measure_conflict: bool = True

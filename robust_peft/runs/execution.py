@@ -130,6 +130,7 @@ def run(
             measure_conflict=config.measure_conflict,
             precision=config.precision,
             compile=config.compile,
+            gradient_checkpointing=config.gradient_checkpointing,
             channels_last=config.channels_last,
             seed=config.seed,
             output=folder,

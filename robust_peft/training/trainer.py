@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from robust_peft.config import OptimConfig, ValidationConfig, to_dict
 from robust_peft.losses import Loss, make_loss
 from robust_peft.models.reduced import fast_in
 from robust_peft.processes import on_cpu
+from robust_peft.training.checkpointing import block_names, checkpointed_blocks
 from robust_peft.training.drop_path import KeyedDropPaths, has_dropout
 from robust_peft.training.gradients import GradientPair, Surgery
 from robust_peft.training.optim import MovingAverage, make_optimizer, make_schedule
@@ -75,6 +76,8 @@ class Trainer:
         precision: "auto", "fp32", "bf16" or "fp16" (autocast; parameters and optimizer stay in their dtype). "auto"
             is what ``accelerate launch --mixed_precision`` says, else bf16 where the hardware has it.
         compile: Run the model through torch.compile.
+        gradient_checkpointing: Keep only each transformer block's input for the backward pass: much less memory, a
+            third more time.
         channels_last: Keep images and convolutions' weights in that memory format, which is faster for ConvNets.
         seed: Seed of the order of the samples and of every random draw.
         output: Run folder for metrics and state; None writes nothing.
@@ -102,6 +105,7 @@ class Trainer:
         measure_conflict: bool = True,
         precision: str = "auto",
         compile: bool = False,
+        gradient_checkpointing: bool = False,
         channels_last: bool = False,
         seed: int = 0,
         output: str | Path | None = None,
@@ -171,6 +175,9 @@ class Trainer:
         if channels_last:
             model.to(memory_format=torch.channels_last)
         self.forward_model: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            block_names(model)  # raises where there are none
         self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         # A float64 model is trained in float64 from the pixels on.
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for _, p in self.trainable) else torch.float32
@@ -266,10 +273,12 @@ class Trainer:
             if self.accelerator.is_main_process:
                 checkpoint.save(run)
 
-        fast = nullcontext()
+        running = ExitStack()
         if self.precision != "fp32":
-            fast = fast_in(DTYPES[self.precision], self.device, self.model)
-        with fast, drop_paths, Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
+            running.enter_context(fast_in(DTYPES[self.precision], self.device, self.model))
+        if self.gradient_checkpointing:
+            running.enter_context(checkpointed_blocks(self.model))
+        with running, drop_paths, Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
             while run.epoch < self.optim.epochs and not stopped:
                 loader.set_epoch(run.epoch)
                 set_epoch = getattr(train_loader.dataset, "set_epoch", None)
