@@ -31,11 +31,11 @@ test-all: check ## Lint, types, and every test.
 
 # CHROMIUM=/path/to/chromium names a browser; without one on the path, playwright fetches its own.
 test-browser: $(VENV)/.installed-browser ## A study's report in headless Chromium, at the width of a phone and of a desk.
-	@[ -n "$$CHROMIUM" ] || command -v chromium-headless-shell chromium chromium-browser google-chrome chrome >/dev/null || \
+	@[ -n "$$CHROMIUM" ] || which chromium-headless-shell chromium chromium-browser google-chrome 2>/dev/null | grep -q . || \
 	  $(BIN)/playwright install chromium-headless-shell || \
 	  { echo "Expected Chromium: install it, e.g. apt-get install chromium, or say make test-browser CHROMIUM=PATH" >&2; \
 	    exit 1; }
-	$(OFFLINE) $(BIN)/python -m pytest tests/browser
+	$(OFFLINE) $(BIN)/python -m pytest tests/browser/report_page.py
 
 check: $(TEST_STAMP) ## Lint, format and types.
 	$(BIN)/ruff check .

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from robust_peft.results import (
     Accuracy,
     difference_interval,
+    holm,
     hypervolume,
     mcnemar_p_value,
+    mean_interval,
     non_dominated,
     paired_resolved,
     resolved,
+    sign_flip_p_value,
     wilson_interval,
 )
 
@@ -181,6 +184,55 @@ def test_pairing_sees_what_separate_samples_cannot():
     a, b = verdicts(only_a=10, only_b=0, same=990)
     assert paired_resolved(a, b)
     assert not resolved(Accuracy(810, 1000), Accuracy(800, 1000))
+
+
+# --- Means over seeds -----------------------------------------------------------------------------------------------
+
+
+def test_mean_interval_is_students():
+    # t(0.975, 2) = 4.302653; 1, 2, 3 have standard deviation 1.
+    assert mean_interval([1, 2, 3]) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
+    assert mean_interval([0.4]) is None and mean_interval([]) is None
+    assert mean_interval([5, 5, 5, 5]) == (5, 5)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 12, 31, 200])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_mean_interval_is_scipys(count, confidence):
+    t = pytest.importorskip("scipy.stats").t
+    values = [math.sin(k) for k in range(count)]
+    low, high = mean_interval(values, confidence)
+    margin = t.ppf(0.5 + confidence / 2, count - 1) * math.sqrt(
+        sum((v - sum(values) / count) ** 2 for v in values) / (count - 1) / count
+    )
+    assert (high - low) / 2 == pytest.approx(margin, rel=1e-9)
+    assert (high + low) / 2 == pytest.approx(sum(values) / count, abs=1e-12)
+
+
+@properties
+@given(st.lists(st.integers(-4, 4).map(lambda k: k / 10), min_size=1, max_size=9))
+def test_sign_flips_are_all_counted(differences):
+    tenths = [round(10 * d) for d in differences]  # as integers, so that equal sums are equal
+    sums = [
+        sum(s * d for s, d in zip(signs, tenths, strict=True))
+        for signs in itertools.product((1, -1), repeat=len(tenths))
+    ]
+    assert sign_flip_p_value(differences) == sum(abs(s) >= abs(sum(tenths)) for s in sums) / len(sums)
+
+
+def test_sign_flip_values():
+    assert sign_flip_p_value([0.1, 0.3, 0.2, 0.5, 0.1, 0.4]) == 2 / 64  # six alike are the least that reaches 5 %
+    assert sign_flip_p_value([0.1] * 30) == 2 / 2**30
+    assert sign_flip_p_value([0, 0, 0]) == 1
+    for wrong in ([], [1.0] * 41, [math.nan]):
+        with pytest.raises(ValueError, match="differences should be"):
+            sign_flip_p_value(wrong)
+
+
+def test_holm_values():
+    # Holm 1979's procedure by hand: 3 x 0.01, then 2 x 0.03, then 1 x 0.04 which may not fall below the one before.
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == [] and holm([0.02]) == [0.02]
 
 
 # --- Fronts --------------------------------------------------------------------------------------------------------

@@ -132,7 +132,8 @@ def _notes(study: Study, panel: Panel) -> list[str]:
         many = ", ".join(f"{front.family} {front.size}" for front in panel.fronts)
         notes.append(
             f"Families differ in their number of points ({many}). Two of them are compared by the hypervolume expected "
-            "of as many points as the smaller one has, drawn at random from the larger one's."
+            "of as many points as the smaller one has, drawn at random from the larger one's; a family of one point is "
+            "compared as a method."
         )
     return notes
 

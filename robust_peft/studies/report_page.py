@@ -26,7 +26,8 @@ a { color: var(--link); }
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
 caption { text-align: left; padding-bottom: .4rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; min-width: 4.5rem; max-width: 22rem; }
+td { font-variant-numeric: tabular-nums; min-width: 5rem; max-width: 22rem; }
+td:first-child { min-width: 11rem; }
 thead th { border-bottom-width: 2px; }
 figure { margin: 1rem 0 1.6rem; }
 figure svg { display: block; width: 100%; max-width: 40rem; height: auto; background: #fff; border-radius: 4px; }

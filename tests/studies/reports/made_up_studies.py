@@ -110,7 +110,11 @@ def troubled_study() -> Study:
         "troubles",
         (
             Method("<b>base</b> & *co*", "lam | 0.5 `x`", {"surgery.name": "vanilla", "surgery.lam": 0.5}),
-            Method(long, "a label that is far too long to be written beside a point", {"surgery.name": "vanilla", "surgery.lam": 0.25}),
+            Method(
+                long,
+                "a label that is far too long to be written beside a point",
+                {"surgery.name": "vanilla", "surgery.lam": 0.25},
+            ),
             Method(long, "gamma 0.5", {"surgery.name": "ca-at", "surgery.gamma": 0.5}),
             Method("never finished", "", {"surgery.name": "mgda"}),
         ),
