@@ -1,4 +1,4 @@
-"""The chart of fronts over seeds: means, intervals and edges stand where they should, and files are the same each time."""
+"""The chart of fronts over seeds: means, intervals and edges stand where they should, and files never change."""
 
 import re
 

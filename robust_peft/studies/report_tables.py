@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -12,7 +12,7 @@ from robust_peft.studies.comparisons import Comparison
 from robust_peft.studies.records import Record, Verdicts
 from robust_peft.studies.report_answer import STAGES, interval, p_value
 from robust_peft.studies.report_blocks import Cell, Link, Table
-from robust_peft.studies.statistics import MethodResult, Panel, panel_name
+from robust_peft.studies.statistics import MethodResult, Panel, SeedResult, panel_name
 
 COST = {  # what training took -> its column, and how the number is shown
     "trainable_parameters": ("trainable parameters", lambda n: f"{n:,.0f}"),
@@ -177,10 +177,11 @@ def missing_table(records: Sequence[Record]) -> Table | None:
 
 def runs_table(panels: Sequence[Panel], records: Sequence[Record], output: Path) -> Table:
     """Every run with its numbers and its folder."""
-    results: dict[tuple[str, str], Mapping] = {}
+    results: dict[tuple[str, str], SeedResult] = {}
     for panel in panels:
         for method in (*panel.methods, *panel.repeated):
-            results |= {(run.record.key, panel.stage): run for run in method.runs}
+            for run in method.runs:
+                results[run.record.key, panel.stage] = run
     rows = []
     for record in records:
         cells: list[Cell] = [panel_name(record), record.method, str(record.seed), record.status]
