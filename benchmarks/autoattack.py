@@ -21,6 +21,7 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,10 +73,11 @@ def run_reference(
     logger = logging.getLogger("auto-attack")
     logger.setLevel(logging.DEBUG)
     listener = logging.Handler()
-    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(listener)
-    options = {"version": "standard"} if attack == "standard" else {"version": "custom", "attacks": [attack]}
-    reference = pyautoattack.AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=seed, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "seed": seed}
+    options |= {"version": "standard"} if attack == "standard" else {"version": "custom", "attacks": [attack]}
+    reference = pyautoattack.AutoAttack(model, **options)
     if attack != "standard":  # as `version="standard"` sets them
         reference.apgd.n_restarts = reference.fab.n_restarts = 1
         reference.fab.n_target_classes = reference.apgd_targeted.n_target_classes = 9

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import robust_peft as rp
 from robust_peft.runs import make_training_attack
 from robust_peft.runs.parts import adapter_method
+from robust_peft.surgery import make_surgery
 
 TRAIN_IMAGES = {"cub200": 5394, "stanford_dogs": 10800}
 
@@ -58,9 +59,9 @@ def rehearse(backbone: str, preset: str, batch_size: int, steps: int, threads: i
         checkpoint = Path(folder) / "weights.pth"
         write_random_checkpoint(backbone, checkpoint)
         started = time.perf_counter()
-        model = rp.load_backbone(backbone, checkpoint=checkpoint, num_classes=classes)
+        loaded = rp.load_backbone(backbone, checkpoint=checkpoint, num_classes=classes)
         loading = time.perf_counter() - started
-    model = rp.attach(model, adapter_method(config.adapter, model))
+    model: Any = rp.attach(loaded, adapter_method(config.adapter, loaded))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     count = (steps + 1) * batch_size
@@ -71,7 +72,7 @@ def rehearse(backbone: str, preset: str, batch_size: int, steps: int, threads: i
     trainer = rp.Trainer(
         model,
         attack=make_training_attack(config),
-        surgery=rp.surgery.make_surgery(config.surgery.name, **config.surgery.parameters()),
+        surgery=make_surgery(config.surgery.name, **config.surgery.parameters()),
         optim=dataclasses.replace(config.optim, epochs=1, warmup_epochs=0),
         augment=rp.data.CropFlip(padding=0, rotation=config.data.rotation),
         progress=False,

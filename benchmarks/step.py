@@ -22,7 +22,7 @@ import statistics
 import time
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from memory import Peak
@@ -39,21 +39,31 @@ from robust_peft.training.state import RunState
 from robust_peft.training.update import Update
 
 EPS, STEP_SIZE, STEPS, GAMMA = 8 / 255, 2 / 255, 10, 0.8
-# Name: backbone, image size, batch on a CPU, batch on a GPU.
+
+
+class Entry(NamedTuple):
+    """A model of the benchmark, and how many images make a batch."""
+
+    backbone: str
+    image_size: int
+    batch_on_cpu: int
+    batch_on_gpu: int
+
+
 MODELS = {
-    "micro_swin": ("micro_swin", 32, 32, 512),
-    "swin_tiny": ("timm/swin_tiny_patch4_window7_224", 224, 4, 64),
-    "vit_small": ("timm/vit_small_patch16_224", 224, 4, 64),
-    "swin_small": ("timm/swin_small_patch4_window7_224", 224, 4, 64),
-    "vit_base": ("timm/vit_base_patch16_224", 224, 4, 64),
-    "resnet18": ("resnet18", 32, 32, 1024),
+    "micro_swin": Entry("micro_swin", 32, 32, 512),
+    "swin_tiny": Entry("timm/swin_tiny_patch4_window7_224", 224, 8, 64),
+    "vit_small": Entry("timm/vit_small_patch16_224", 224, 8, 64),
+    "swin_small": Entry("timm/swin_small_patch4_window7_224", 224, 8, 64),
+    "vit_base": Entry("timm/vit_base_patch16_224", 224, 8, 64),
+    "resnet18": Entry("resnet18", 32, 32, 1024),
 }
 
 
 def build(name: str, device: torch.device) -> nn.Module:
     """The model with its adapters, the same each time."""
     torch.manual_seed(0)
-    backbone = MODELS[name][0]
+    backbone = MODELS[name].backbone
     if name == "resnet18":
         from robust_peft.models.resnet import cifar_resnet
 
@@ -65,7 +75,7 @@ def build(name: str, device: torch.device) -> nn.Module:
 
 def images_for(name: str, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random images and labels; time does not depend on what they show."""
-    size = MODELS[name][1]
+    size = MODELS[name].image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch_size, 3, size, size, generator=generator)
     return images.to(device), torch.randint(0, 10, (batch_size,), generator=generator).to(device)
@@ -178,7 +188,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     for _ in range(6):
         wait(device)
         before = time.perf_counter()
-        one @ other
+        torch.mm(one, other)
         wait(device)
         best = min(best, time.perf_counter() - before)
     return 2 * size**3 / best
@@ -263,7 +273,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(arguments.precision, device)
-    batch_size = arguments.batch_size or MODELS[name][3 if device.type == "cuda" else 2]
+    entry = MODELS[name]
+    batch_size = arguments.batch_size or (entry.batch_on_gpu if device.type == "cuda" else entry.batch_on_cpu)
     images, labels = images_for(name, batch_size, device)
     sides = make_sides(name, device, precision, arguments.compile)
     seconds = time_sides(sides, images, labels, arguments.rounds, arguments.seconds)

@@ -227,7 +227,7 @@ def test_registry() -> None:
         assert loss.name == name and loss.inner_objective in OBJECTIVES
     assert make_loss("ce") == CrossEntropy() and make_loss("trades") == Trades()
     assert Trades.inner_objective == "kl" and CrossEntropy.inner_objective == "ce"
-    assert make_loss("mart", beta=6) == Mart(6) and make_loss("mart").beta == 5  # type: ignore[attr-defined]
+    assert make_loss("mart", beta=6) == Mart(6) and make_loss("mart").beta == 5
     assert make_loss("clp", pairing="probabilities") == LogitPairing("probabilities") != make_loss("clp")
     assert Mart.inner_objective == LogitPairing.inner_objective == "ce"
     assert Trades.needs_clean_logits and not CrossEntropy.needs_clean_logits

@@ -123,7 +123,7 @@ def test_box_that_is_none_is_refused(box: Any) -> None:
 def test_threat_model_is_a_value() -> None:
     threat = ThreatModel("linf", "8/255")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        threat.eps = 0.1  # type: ignore[misc]
+        threat.eps = 0.1
     assert pickle.loads(pickle.dumps(threat)) == threat
     assert threat != ThreatModel("l2", "8/255") and threat != ThreatModel("linf", "8/255", box=None)
 

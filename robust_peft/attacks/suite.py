@@ -187,7 +187,7 @@ def forwards_of(name: str, norm: str, num_classes: int) -> int:
     parsed = parse_attack_name(name.removeprefix("rand-"))
     steps = parsed.steps if parsed.steps is not None else parsed.entry.steps or 1
     names = {"K": steps, "C": num_classes, "T": min(9, num_classes - 1), "l2": norm == "l2"}
-    count = int(eval(parsed.entry.forwards, {"__builtins__": {}}, names))  # noqa: S307 - our own constants
+    count = int(eval(parsed.entry.forwards, {"__builtins__": {}}, names))  # our own constants
     return max(1, count * (parsed.restarts or 1) * (20 if randomised else 1))
 
 

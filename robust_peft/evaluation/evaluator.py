@@ -99,7 +99,7 @@ def evaluate(
     """
     _check_numbers(batch_size=batch_size, limit=limit)
     dataset = _dataset_of(data)
-    total = len(dataset) if limit is None else min(limit, len(dataset))  # type: ignore[arg-type]
+    total = len(dataset) if limit is None else min(limit, len(dataset))
     title = str(name or getattr(dataset, "name", type(dataset).__name__))
     if total == 0:
         raise ValueError(f"The dataset {title!r} is empty.")

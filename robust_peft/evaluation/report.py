@@ -60,10 +60,14 @@ class AttackResult:
         A sample that an attack before had broken counts as broken, so that this is the attack's own figure only where
         ``own`` is true and what is left after it otherwise. ValueError where the evaluation is not finished.
         """
+        self.check_finished()
+        return Accuracy(sum(self.correct), len(self.verdicts))
+
+    def check_finished(self) -> None:
+        """ValueError that says how many samples have no verdict, if any has none."""
         if not self.finished:
             left = self.verdicts.count(UNKNOWN)
             raise ValueError(f"{self.attack} is not finished: {left} of {len(self.verdicts)} samples have no verdict.")
-        return Accuracy(sum(self.correct), len(self.verdicts))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -140,7 +144,7 @@ class Report:
         if not found:
             raise KeyError(f"No attack was measured under {threat}.")
         for result in found:
-            result.accuracy  # noqa: B018 - says which attack is not finished
+            result.check_finished()
         withstood = [all(verdicts) for verdicts in zip(*(r.correct for r in found), strict=True)]
         return Accuracy(sum(withstood), len(withstood))
 

@@ -58,5 +58,5 @@ def micro_swin(
         num_classes=num_classes,
         drop_path_rate=drop_path_rate,
     )
-    model.patch_embed = ConvStem(width, image_size)  # type: ignore[assignment]
+    model.patch_embed = ConvStem(width, image_size)
     return model

@@ -34,7 +34,7 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
                 raise ValueError("gradient_checkpointing would count batches twice in a BatchNorm that is trained.")
     try:
         for block in blocks:
-            block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+            block.forward = partial(_recomputed, block.forward)
         yield
     finally:
         for block in blocks:

@@ -32,7 +32,7 @@ class KeyedDropPaths:
 
     def __enter__(self) -> KeyedDropPaths:
         for place, module in enumerate(self._found):
-            module.forward = partial(self._forward, module, place)  # type: ignore[method-assign]
+            module.forward = partial(self._forward, module, place)
         return self
 
     def __exit__(self, *_: object) -> None:

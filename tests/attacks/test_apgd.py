@@ -146,7 +146,7 @@ def test_linf_optimum_is_reached_exactly(shape: tuple[int, ...], dtype: torch.dt
 
     threat, optimum = threat_and_optimum(0.25)
     for options in (dict(steps=1), dict(steps=10), dict(steps=10, restarts=2)):
-        attack = APGD(threat, objective, early_stop=False, **options)  # type: ignore[arg-type]
+        attack = APGD(threat, objective, early_stop=False, **options)
         adv_images = attack(model, images, labels, keys=keys)
         assert adv_images.shape == images.shape and adv_images.dtype == dtype and not adv_images.requires_grad
         assert torch.equal(adv_images, optimum), attack
@@ -471,7 +471,7 @@ def test_cost() -> None:
     ):
         for early_stop in (False, True):
             model = Counted(network())
-            APGD(ThreatModel("linf", 1e-4), steps=5, early_stop=early_stop, **options)(model, images, labels)  # type: ignore[arg-type]
+            APGD(ThreatModel("linf", 1e-4), steps=5, early_stop=early_stop, **options)(model, images, labels)
             assert (model.forwards, model.backwards) == (6 * forwards, 6 * backwards), (options, early_stop)
 
 
@@ -1045,7 +1045,7 @@ def test_bad_combinations_are_refused() -> None:
 def test_attack_is_a_value() -> None:
     assert APGD(LINF) == APGD(LINF, "ce", 100, 1, False, 9, 1, True, 0.75)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        APGD(LINF).steps = 3  # type: ignore[misc]
+        APGD(LINF).steps = 3
 
 
 @pytest.mark.parametrize(

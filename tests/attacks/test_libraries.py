@@ -913,7 +913,7 @@ def test_attacks_are_values() -> None:
     assert MIFGSM(LINF, step_size="2/255") == MIFGSM(LINF, step_size=2 / 255)
     assert FAB(LINF) == FAB(LINF, 100, False, 9) and FAB(LINF) != FAB(LINF, early_stop=False)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        FAB(LINF).steps = 3  # type: ignore[misc]
+        FAB(LINF).steps = 3
     assert MIFGSM(ThreatModel("linf", "8/255"), steps=4).resolved_step_size == pytest.approx(2 / 255)
 
 

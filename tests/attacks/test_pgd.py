@@ -475,7 +475,7 @@ def test_cost_is_one_forward_for_each_step() -> None:
     images, labels = some_images()
     for options, forwards in ((dict(steps=5), 5), (dict(steps=5, objective="kl"), 6), (dict(steps=2, restarts=3), 9)):
         model = Watch(network())
-        PGD(ThreatModel("linf", 0.1), **options)(model, images, labels)  # type: ignore[arg-type]
+        PGD(ThreatModel("linf", 0.1), **options)(model, images, labels)
         # One more for the clean logits of kl; one more in each restart, to choose between them.
         assert model.calls == forwards, options
 
@@ -688,7 +688,7 @@ def test_attack_is_a_value() -> None:
     assert PGD(LINF, step_size="2/255") == PGD(LINF, step_size=2 / 255)
     assert FGSM(LINF) == PGD(LINF, steps=1, random_start=False)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        PGD(LINF).steps = 3  # type: ignore[misc]
+        PGD(LINF).steps = 3
 
 
 @pytest.mark.parametrize(

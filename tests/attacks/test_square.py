@@ -944,7 +944,7 @@ def test_bad_values_are_refused(bad: dict[str, Any]) -> None:
 def test_attack_is_a_value() -> None:
     assert Square(LINF) == Square(LINF, queries=5000, p_init=0.8, restarts=1, rescale_schedule=False, early_stop=True)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Square(LINF).queries = 3  # type: ignore[misc]
+        Square(LINF).queries = 3
 
 
 @pytest.mark.parametrize(

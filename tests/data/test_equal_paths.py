@@ -53,7 +53,7 @@ def check_equal_paths(named: Splits[Any], folder: Path, count: int) -> None:
         rows = {"image": pictures, "label": images.labels[:count].tolist()}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{part}.parquet"))
     paths = {"train": folder / "train.parquet", "test": folder / "test.parquet"}
-    from_parquet = load_splits("parquet", **paths, validation_share=0)  # type: ignore[arg-type]
+    from_parquet = load_splits("parquet", **paths, validation_share=0)
     from_folder = load_splits("folder", root=folder, validation_share=0)
     assert from_parquet.classes == classes
     assert from_folder.classes == tuple(f"{i:02} {name}" for i, name in enumerate(safe))

@@ -189,7 +189,7 @@ def test_224_comes_from_256(tmp_path: Path) -> None:
     write_folder(tmp_path / "x", {"a": 1}, (300, 280))
     images = encoded(tmp_path / "x", image_size=224)
     assert images[0][0].shape == (3, 224, 224)
-    assert isinstance(images.transform, v2.Compose) and images.transform.transforms[0].size == [256]  # type: ignore
+    assert isinstance(images.transform, v2.Compose) and images.transform.transforms[0].size == [256]
 
 
 def test_images_that_have_the_size_are_left_as_they_are(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_parquet_under_either_name(tmp_path: Path, column: str) -> None:
         )
     assert images[0][0].dtype == torch.uint8
     few = encoded(str(path), limit=3)
-    rows = [file.row for file in few.files]  # type: ignore[union-attr]
+    rows = [file.row for file in few.files]
     assert len(rows) == 3 and rows == sorted(set(rows))
     assert few.labels.tolist() == [images.labels[row] for row in rows]
     assert all(torch.equal(few[i][0], images[row][0]) for i, row in enumerate(rows))
@@ -426,7 +426,7 @@ def test_digits_are_their_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limited is not None and isinstance(few, ImageSet) and torch.equal(few.images, limited.images)
     assert load_images("digits", image_size=28, limit=2)[0][0].shape == (3, 28, 28)
     same = load_images("digits", image_size=32, limit=2)[0][0]
-    assert torch.equal(same, digits().limited(2).test[0][0])  # type: ignore[index]
+    assert torch.equal(same, digits().limited(2).test[0][0])
 
 
 @pytest.mark.parametrize("name", ["cifar10", "Digits", "mnist"])

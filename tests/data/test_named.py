@@ -378,9 +378,9 @@ def test_folders(tmp_path: Path) -> None:
     for part in parts_of(splits).values():
         assert [Path(str(f)).parent.name for f in part.files] == [splits.classes[i] for i in part.labels.tolist()]
     apart = load_splits("folder", train=tmp_path / "train", test=tmp_path / "test")
-    assert files_of(apart.train) == files_of(splits.train) and files_of(apart.test) == files_of(splits.test)  # type: ignore
+    assert files_of(apart.train) == files_of(splits.train) and files_of(apart.test) == files_of(splits.test)
     alone = load_splits("folder", root=tmp_path / "train")
-    assert alone.test is None and files_of(alone.train) == files_of(splits.train)  # type: ignore[arg-type]
+    assert alone.test is None and files_of(alone.train) == files_of(splits.train)
 
 
 def test_a_folder_with_validation_images(tmp_path: Path) -> None:
@@ -486,7 +486,7 @@ def test_broken_pictures_are_left_out_and_counted(
 
 def test_broken_rows_of_parquet(tmp_path: Path) -> None:
     pictures = [layouts.encode(layouts.draw(i, i, (16, 16)), "PNG") for i in range(6)]
-    pictures[3], pictures[4] = pictures[3][:50], None  # type: ignore[call-overload]
+    pictures[3], pictures[4] = pictures[3][:50], None
     path = write_parquet(tmp_path / "x.parquet", pictures, [0, 1, 2, 0, 1, 2])
     assert f"{path}, row 3: the image cannot be decoded" in refusal("parquet", train=path)
     splits = load_splits("parquet", train=path, skip_broken=True, validation_share=0)

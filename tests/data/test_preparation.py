@@ -150,7 +150,7 @@ def test_images_of_the_size_are_left_as_they_are(tmp_path: Path, small: Splits[I
     assert all(torch.equal(prepared.test[i][0], splits.test[i][0]) for i in range(len(splits.test)))
     assert torch.equal(prepared.train[0][0], splits.train[0][0])  # else training images alone would be enlarged
     assert not torch.equal(splits.prepared(70, resize=80).train[0][0], splits.train[0][0])
-    assert not torch.equal(splits.prepared(70, resize=80).test[0][0], splits.test[0][0])  # type: ignore[index]
+    assert not torch.equal(splits.prepared(70, resize=80).test[0][0], splits.test[0][0])
     square = ImageSet(small.train.images[..., :10, :], small.train.labels, small.classes)
     same = Splits(square, None, None).prepared(10, crop=False).train
     assert torch.equal(torch.stack([sample[0] for sample in same]), square.images)

@@ -135,7 +135,7 @@ class _NoBackward(torch.autograd.Function):
         return images.clone()
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         return torch.zeros_like(grad)
 
 
@@ -151,7 +151,7 @@ class _BackwardOnLevels(torch.autograd.Function):
         return images.clone()
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         (images,) = ctx.saved_tensors
         clean = ((images * 255).round() - images * 255).abs().flatten(1).amax(dim=1) < 1e-3
         return grad * clean.reshape(-1, 1, 1, 1)
@@ -557,7 +557,7 @@ def test_the_model_and_the_random_states_are_left_as_they_were(with_running_stat
     parameters[1].grad = torch.ones_like(parameters[1])
     before = state_of(model)
     random.seed(5), numpy.random.seed(5), torch.manual_seed(5)
-    states = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state())  # type: ignore[index]
+    states = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state())
     try:
         if breaks_at == 1:
             with pytest.raises(RuntimeError, match="the model broke"):
@@ -572,7 +572,7 @@ def test_the_model_and_the_random_states_are_left_as_they_were(with_running_stat
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(after[2], before[2], strict=True))
         assert all(torch.equal(after[3][name], before[3][name]) for name in before[3])
         assert random.getstate() == states[0]
-        assert numpy.random.get_state()[1].tolist() == states[1]  # type: ignore[index]
+        assert numpy.random.get_state()[1].tolist() == states[1]
         assert torch.equal(torch.get_rng_state(), states[2])
     finally:
         model.eval()
@@ -625,7 +625,7 @@ class Brightness(nn.Module):
         self.register_buffer("levels", (torch.arange(classes) + 0.5) / classes)
 
     def forward(self, images):
-        return -40 * (images.flatten(1).mean(dim=1, keepdim=True) - self.levels).square()  # type: ignore[operator]
+        return -40 * (images.flatten(1).mean(dim=1, keepdim=True) - self.levels).square()
 
 
 @pytest.mark.parametrize("classes", [2, 3, 200])

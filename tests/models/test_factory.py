@@ -42,7 +42,7 @@ def images_of(channels: int = 3) -> Tensor:
 
 def refusal(*arguments: object, **options: object) -> ValueError:
     with pytest.raises(ValueError) as caught:
-        load_backbone(*arguments, **options)  # type: ignore[arg-type]
+        load_backbone(*arguments, **options)
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -125,7 +125,7 @@ def test_a_factory_is_handed_what_its_signature_names(
 ) -> None:
     body = "seen = dict(locals()); net = Net(); net.seen = seen; return net"
     path = write(tmp_path, f"def build({signature}): {body}")
-    assert str(load_backbone(f"{path}:build", **options).backbone.seen) == seen  # type: ignore[arg-type]
+    assert str(load_backbone(f"{path}:build", **options).backbone.seen) == seen
 
 
 def test_a_checkpoint_that_the_factory_does_not_take_is_loaded_for_it(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def draw_images(count: int = 6, size: int = 32) -> Tensor:
 
 
 def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # type: ignore[misc]
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_resnet_is_torchvisions_but_for_the_stem(depth: int, blocks: list[int]) 
     torch.manual_seed(depth)
     other = ResNet(BasicBlock, blocks, num_classes=7)
     other.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    other.maxpool = nn.Identity()  # type: ignore[assignment]
+    other.maxpool = nn.Identity()
     model = cifar_resnet(depth, 7)
     model.load_state_dict(other.state_dict())
     images = draw_images(2, 16)

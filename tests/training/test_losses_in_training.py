@@ -43,7 +43,7 @@ def make_batch() -> Batch:
 
 def pair_of(model: nn.Module, name: str, batch: Batch, **options: Any) -> GradientPair:
     pair = GradientPair(list(model.named_parameters()), extras=len(EXTRAS), rows=1 if "loss_weights" in options else 2)
-    add_gradients(pair, batch, model=model, attack=tiny_attack(), loss=LOSSES[name], **options)  # type: ignore[arg-type]
+    add_gradients(pair, batch, model=model, attack=tiny_attack(), loss=LOSSES[name], **options)
     return pair
 
 
@@ -88,7 +88,7 @@ def test_pieces_of_a_batch_add_up(name: str) -> None:
     whole, parts = pair_of(model, name, batch), GradientPair(list(model.named_parameters()), extras=len(EXTRAS))
     for cut in (slice(0, 2), slice(2, 6)):
         micro = Batch(batch.images[cut], batch.labels[cut], batch.keys[cut])
-        add_gradients(parts, micro, model=model, attack=tiny_attack(), loss=LOSSES[name])  # type: ignore[arg-type]
+        add_gradients(parts, micro, model=model, attack=tiny_attack(), loss=LOSSES[name])
     torch.testing.assert_close(parts.rows, whole.rows, rtol=1e-10, atol=1e-12)
 
 

@@ -375,7 +375,7 @@ def test_each_name_is_its_attack() -> None:
     assert make_solver("autopgd-dlr", threat, steps=5) == APGD(threat, "dlr", 5, **training)
     targeted = APGD(threat, "dlr", 10, targeted=True, num_targets=1, **training)
     assert make_solver("t-apgd-dlr", threat) == make_solver("t-autopgd-dlr", threat) == targeted
-    assert make_solver("t-apgd-dlr", threat, num_targets=9).num_targets == 9  # type: ignore[union-attr]
+    assert make_solver("t-apgd-dlr", threat, num_targets=9).num_targets == 9
 
 
 GIVEN: dict[str, Any] = {
@@ -410,4 +410,4 @@ def test_highest_objective_is_for_attacks_that_go_on() -> None:
     with pytest.raises(ValueError, match="fooling_first=False needs early_stop=False"):
         APGD(THREATS["l2"], fooling_first=False)
     with pytest.raises(ValueError, match="Found fooling_first = 'no'"):
-        APGD(THREATS["l2"], fooling_first="no")  # type: ignore[arg-type]
+        APGD(THREATS["l2"], fooling_first="no")
