@@ -26,6 +26,8 @@ SURGERY_PARAMETERS: dict[str, tuple[str, ...]] = {
 ADAPTER_PARAMETERS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("reduction_factor", "activation", "blocks"),
     "lora": ("rank", "alpha"),
+    "layernorm": (),
+    "bias": (),
     "linear": (),
     "full": (),
 }
@@ -156,8 +158,8 @@ class BackboneConfig(Part):
 class AdapterConfig(Part):
     """What is inserted and trained."""
 
-    name: Literal["bottleneck", "lora", "linear", "full"] = "bottleneck"
-    """bottleneck adapters, LoRA, the classifier head alone, or every parameter."""
+    name: Literal["bottleneck", "lora", "layernorm", "bias", "linear", "full"] = "bottleneck"
+    """bottleneck adapters, LoRA, normalisation layers, biases, the classifier head alone, or every parameter."""
     reduction_factor: int | None = None
     """bottleneck: hidden width is the block's width divided by this (default 8)."""
     activation: str | None = None

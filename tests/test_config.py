@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from robust_peft import config as configs
+from robust_peft.adapters.attach import METHODS
 from robust_peft.attacks import SOLVERS
 from robust_peft.config import (
     AttackConfig,
@@ -40,6 +41,10 @@ def test_surgery_parameters_are_those_of_the_methods():
     assert set(configs.SURGERY_PARAMETERS) == set(SURGERIES)
     for name, method in SURGERIES.items():
         assert set(configs.SURGERY_PARAMETERS[name]) == {field.name for field in dataclasses.fields(method)}
+
+
+def test_adapters_by_name_are_those_of_attach():
+    assert set(configs.ADAPTER_PARAMETERS) == set(METHODS)
 
 
 def test_parameters_are_those_of_the_losses_and_solvers():

@@ -11,6 +11,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 import robust_peft as rp
+from robust_peft import config as configs
 from robust_peft.config import (
     AdapterConfig,
     AttackConfig,
@@ -68,7 +69,7 @@ def probe_images():
     return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("method", ["bottleneck", "lora", "linear", "full"])
+@pytest.mark.parametrize("method", configs.ADAPTER_PARAMETERS)
 def test_a_run_folder_is_complete_and_gives_the_trained_model_back(small, tmp_path, method):
     config = dataclasses.replace(small, adapter=AdapterConfig(name=method))
     result = rp.run(config, tmp_path / "run", progress=False)

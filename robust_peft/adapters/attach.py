@@ -16,8 +16,9 @@ from torch import nn
 
 from .bottleneck import BottleneckConfig
 from .bottleneck.model import list_names
+from .selected import SelectedConfig
 
-METHODS = ("bottleneck", "lora", "linear", "full")
+METHODS = ("bottleneck", "lora", "layernorm", "bias", "linear", "full")
 
 # Where classifier heads sit when a model does not say: the first that is a Linear is taken. `head.fc` is timm's
 # ClassifierHead, `heads.head` torchvision's ViT.
@@ -38,6 +39,8 @@ def attach(model: nn.Module, method: str | PeftConfig = "bottleneck", *, head: s
             "bottleneck": an adapter after each block's MLP, `BottleneckConfig()`.
             "lora": LoRA with r = 16 and alpha = 16 on the attention's qkv projection (query and value, where they are
             separate).
+            "layernorm": weights and biases of all normalisation layers, LayerNorm or another.
+            "bias": all biases (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199).
             "linear": the head alone.
             "full": everything.
             Any peft config is taken as it is, except that the head is put into its `modules_to_save` when that is
@@ -45,13 +48,13 @@ def attach(model: nn.Module, method: str | PeftConfig = "bottleneck", *, head: s
         head: dotted name of the classifier head in `model`; None: `find_head`. Any module with parameters will do.
 
     Returns:
-        A `peft.PeftModel`, or a `FullModel` for "full", with the inputs and outputs of `model`; for the four names it
+        A `peft.PeftModel`, or a `FullModel` for "full", with the inputs and outputs of `model`; for these names it
         equals `model` at the start. Exactly the adapter's parameters and the head require gradients. New modules are
         in the mode (train or eval) of `model`.
 
     Raises:
-        ValueError: unknown method; the model already carries an adapter; no head, no block or no attention found, or
-            more than one possible head; a name that peft would also match elsewhere.
+        ValueError: unknown method; the model already carries an adapter; no head, block, attention, normalisation layer
+            or bias found, or more than one possible head; a name that peft would also match elsewhere.
         TypeError: `method` is neither a string nor a peft config.
     """
     for name, module in model.named_modules():
@@ -82,6 +85,8 @@ def attach(model: nn.Module, method: str | PeftConfig = "bottleneck", *, head: s
         config = BottleneckConfig(blocks=[])
     elif method == "lora":
         config = lora_config(model)
+    elif method in ("layernorm", "bias"):
+        config = SelectedConfig(select=method)
     else:
         raise ValueError(f"method should be one of {', '.join(METHODS)} or a peft config. Found {method!r}.")
 

@@ -19,6 +19,7 @@ from robust_peft.adapters import (
     find_blocks,
     find_head,
 )
+from robust_peft.adapters.attach import METHODS
 
 # transformers 5.23 deprecates this property; peft 0.21 still reads it whenever it wraps a transformers model.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -160,7 +161,7 @@ def test_head_argument(build_model):
     saved = {name for name in trainable_names(adapted) if "modules_to_save" in name}
     assert {name.rpartition("default.")[2] for name in saved} == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
-    for method in ("bottleneck", "lora", "linear", "full"):
+    for method in METHODS:
         with pytest.raises(
             ValueError, match="head='heads' should name a module.*Found no such module.*last first: head"
         ):
@@ -187,7 +188,7 @@ def test_no_other_module_is_trained_with_the_head(build_model, wrap):
         attach(build_model("timm_vit"), BottleneckConfig(modules_to_save=["heat"]))
 
 
-@pytest.mark.parametrize("first", ["bottleneck", "lora", "linear"])
+@pytest.mark.parametrize("first", ["bottleneck", "lora", "layernorm", "linear"])
 def test_a_model_with_an_adapter_is_refused(build_model, wrap, first):
     model = attach(build_model("timm_vit"), first)
     for taken in (model, model.get_base_model(), wrap(model)):
@@ -198,7 +199,8 @@ def test_a_model_with_an_adapter_is_refused(build_model, wrap, first):
 
 def test_bad_methods(build_model):
     with pytest.raises(
-        ValueError, match="should be one of bottleneck, lora, linear, full or a peft config. Found 'lorra'"
+        ValueError,
+        match="should be one of bottleneck, lora, layernorm, bias, linear, full or a peft config. Found 'lorra'",
     ):
         attach(build_model("timm_vit"), "lorra")
     with pytest.raises(TypeError, match="or a peft config. Found 3"):
@@ -217,7 +219,7 @@ def test_linear_has_no_adapter(build_model, tmp_path):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("method", ["bottleneck", "lora", "linear", "full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_mode_is_kept(build_model, method, training):
     model = attach(build_model("timm_vit").train(training), method)
     assert {module.training for module in model.modules()} == {training}

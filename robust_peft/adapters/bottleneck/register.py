@@ -2,18 +2,26 @@ from __future__ import annotations
 
 import peft
 from peft import mapping
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 
 from .config import PEFT_TYPE, BottleneckConfig
 from .model import BottleneckModel
 
 
-def register() -> None:
-    """Makes the adapter known to `peft.get_peft_model`, `PeftModel.from_pretrained` and `PeftConfig.from_pretrained`.
+def register(
+    name: str = PEFT_TYPE, config: type[PeftConfig] = BottleneckConfig, model: type[BaseTuner] = BottleneckModel
+) -> None:
+    """Makes a method known to `peft.get_peft_model`, `PeftModel.from_pretrained` and `PeftConfig.from_pretrained`.
 
     peft's own `register_peft_method` refuses every name that is not in its closed enumeration `PeftType`, so this
     writes into the three dictionaries which that function fills. They are no documented extension point: all that
     relies on them is here, and the tests of this room show whether a new peft still works.
+
+    Args:
+        name: what the config has as its `peft_type`.
+        config: its settings.
+        model: its tuner.
 
     Raises:
         ImportError: if this peft has no such dictionaries, or is older than 0.21.
@@ -26,9 +34,9 @@ def register() -> None:
             "not its own. Install a newer peft."
         )
     entries = {
-        "PEFT_TYPE_TO_CONFIG_MAPPING": BottleneckConfig,
-        "PEFT_TYPE_TO_TUNER_MAPPING": BottleneckModel,
-        "PEFT_TYPE_TO_PREFIX_MAPPING": BottleneckModel.prefix,
+        "PEFT_TYPE_TO_CONFIG_MAPPING": config,
+        "PEFT_TYPE_TO_TUNER_MAPPING": model,
+        "PEFT_TYPE_TO_PREFIX_MAPPING": model.prefix,
     }
     for attribute, entry in entries.items():
         known = getattr(mapping, attribute, None)
@@ -37,8 +45,8 @@ def register() -> None:
                 f"robust_peft expected the dictionary peft.mapping.{attribute}. Found none in peft {peft.__version__}. "
                 "Install peft 0.21.2, with which this was checked."
             )
-        if known.setdefault(PEFT_TYPE, entry) is not entry:
+        if known.setdefault(name, entry) is not entry:
             raise ValueError(
-                f"Expected the peft method {PEFT_TYPE} to be free. Found {known[PEFT_TYPE]!r}. Import robust_peft only "
+                f"Expected the peft method {name} to be free. Found {known[name]!r}. Import robust_peft only "
                 "once in a process, without reloading it."
             )
