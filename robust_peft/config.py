@@ -415,6 +415,9 @@ class OptimConfig(Part):
     """Micro-batches in one optimizer step."""
     clip_norm: float | None = None
     """Longest update before the optimizer (L2 norm); None: no clipping."""
+    match_change: Literal["vanilla"] | None = None
+    """vanilla: after the optimizer's step the change of the parameters is scaled to the length that Vanilla(0.5) would
+    have changed them by from the same place (L2 norm, weight decay included). Takes a second optimizer's memory."""
     ema_decay: float | None = None
     """Decay of the moving average of weights, which is then what is validated and saved; None: no average."""
 
@@ -432,6 +435,8 @@ class OptimConfig(Part):
             problems(wrong, f"{name} should be in [0, 1). Found {name} = {value!r}.")
         clip = self.clip_norm
         problems(clip is not None and not clip > 0, f"clip_norm should be positive. Found clip_norm = {clip!r}.")
+        if self.match_change is not None:
+            problems.one_of("match_change", self.match_change, ("vanilla",))
         too_long = f"warmup_epochs should be below epochs. Found {self.warmup_epochs!r} of {self.epochs!r}."
         problems(self.warmup_epochs > 0 and self.warmup_epochs >= self.epochs, too_long)
         return problems.found
@@ -529,6 +534,8 @@ class RunConfig(Part):
         problems.at_least("save_every_steps", self.save_every_steps, 1)
         if not self.measure_conflict:
             problems(self.surgery.name != "vanilla", f"surgery {self.surgery.name!r} needs measure_conflict.")
+            matched = self.optim.match_change is not None
+            problems(matched, "optim.match_change needs both gradients, that is measure_conflict.")
         if self.loss.name == "trades":
             # Checked here because it needs two parts at once.
             kl = self.attack.objective in (None, "kl")

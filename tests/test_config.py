@@ -10,6 +10,7 @@ from robust_peft.attacks import SOLVERS
 from robust_peft.config import (
     AttackConfig,
     LossConfig,
+    OptimConfig,
     RunConfig,
     SurgeryConfig,
     ThreatConfig,
@@ -95,6 +96,15 @@ def test_every_foreign_parameter_is_refused(part):
         ({"attack": AttackConfig(restarts=2, random_start=False)}, "restarts without random_start"),
         ({"measure_conflict": False}, "'ca-at' needs measure_conflict"),
         ({"validation": ValidationConfig(keep="best", every=0)}, "needs validations"),
+        ({"optim": OptimConfig(match_change="adversarial")}, "match_change should be one of vanilla. Found"),
+        (
+            {
+                "optim": OptimConfig(match_change="vanilla"),
+                "surgery": SurgeryConfig(name="vanilla"),
+                "measure_conflict": False,
+            },
+            "optim.match_change needs both gradients, that is measure_conflict",
+        ),
     ],
 )
 def test_combinations_that_make_no_sense(options, message):

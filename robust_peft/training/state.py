@@ -41,6 +41,8 @@ class RunState:
     """Records in the log when the state was saved."""
     change_norm: Tensor = field(default_factory=lambda: torch.tensor(float("nan")))
     """Norm of the last step's change of the parameters; logged with the next step, to spare a wait for the device."""
+    vanilla_optimizer: dict[str, Any] | None = None
+    """State of the second optimizer of ``match_change``; it goes along with the parameters."""
     log: MetricsLog = field(default_factory=lambda: MetricsLog(None))
 
 
@@ -55,6 +57,7 @@ SAVED = (
     "best_tensors",
     "records",
     "change_norm",
+    "vanilla_optimizer",
 )
 
 

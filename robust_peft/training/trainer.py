@@ -258,6 +258,7 @@ class Trainer:
             scaler,
             scope=self.scope,
             clip_norm=self.optim.clip_norm,
+            match_change=self.optim.match_change,
             all_reduce=self._all_reduce if world > 1 else None,
         )
         if self.log_with:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from robust_peft import surgery as surgeries
 from robust_peft.training.gradients import GradientPair, Surgery
+from robust_peft.training.matched_change import MatchedChange
 from robust_peft.training.state import RunState
 from robust_peft.training.step import EXTRAS
 
 
 class Update:
-    """Reduce over ranks, combine, clip, step: in this order, with one wait for the device.
+    """Reduce over ranks, combine, clip, step: in this order, with one wait for the device (two with ``match_change``).
 
     Args:
         pair: Sums of per-sample gradients. With one row, that is the weighted loss's and there is no surgery.
@@ -25,7 +26,11 @@ class Update:
         scaler: float16's loss scale; disabled otherwise.
         scope: "all" or "tensor".
         clip_norm: Longest update, or None.
+        match_change: "vanilla": scale the change of the parameters as `MatchedChange` does; None: leave it as it is.
         all_reduce: Sums a tensor over ranks; None with one process.
+
+    Raises:
+        ValueError: If ``match_change`` finds one row in the pair.
     """
 
     def __init__(
@@ -38,28 +43,38 @@ class Update:
         *,
         scope: str,
         clip_norm: float | None,
+        match_change: str | None = None,
         all_reduce: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.pair, self.surgery = pair, surgery
         self.optimizer, self.schedule, self.scaler = optimizer, schedule, scaler
         self.scope, self.clip_norm, self.all_reduce = scope, clip_norm, all_reduce
+        self.matched = None if match_change is None else MatchedChange(pair, optimizer)
 
     def __call__(self, run: RunState) -> dict[str, Any]:
         """Take the step that the pair holds the gradients of, count it in ``run``, and return its record."""
         pair, scale = self.pair, self.scaler.get_scale()
         pair.reduce(self.all_reduce)
         pair.rows.div_(pair.extras[0].clone())
+        vanilla = None if self.matched is None else self.matched.gradient()
         measured = self._combine()
-        norm = pair.update.norm()
-        if self.clip_norm is not None:
-            # A norm that is not finite gives a factor of 0 or NaN; the step is skipped then.
-            pair.update.mul_((self.clip_norm * scale / norm).clamp(max=1.0))
-        asked = (torch.isfinite(norm), norm, *pair.extras, run.change_norm.to(norm.device), *measured)
+        norm = self._clip(pair.update, scale)
+        sound = torch.isfinite(norm)
+        if vanilla is not None:
+            sound = sound & torch.isfinite(self._clip(vanilla, scale))
+        asked = (sound, norm, *pair.extras, run.change_norm.to(norm.device), *measured)
         finite, norm_now, *rest = torch.stack([value.double() for value in asked]).tolist()  # the step's one wait
 
         before = pair.flat_parameters()
+        change_scale: dict[str, float] = {}
+        length = None
+        if self.matched is not None and vanilla is not None:
+            change_scale = {"change_scale": float("nan")}  # of a skipped step
+            length = self.matched.measure(vanilla / scale, run) if finite else None
         pair.write()
         self._step(bool(finite), run)
+        if self.matched is not None and length is not None:
+            change_scale = {"change_scale": self.matched.scale(length)}
         rate = self.schedule.get_last_lr()[0]
         self.schedule.step()
         run.change_norm = (pair.flat_parameters() - before).norm()
@@ -81,7 +96,15 @@ class Update:
             "skipped": run.skipped,
             "stop": extras["stop"] > 0,
         }
-        return record | _unscaled(rest[len(EXTRAS) + 1 :], scale)
+        return record | change_scale | _unscaled(rest[len(EXTRAS) + 1 :], scale)
+
+    def _clip(self, update: Tensor, scale: float) -> Tensor:
+        """Shorten an update, and return the norm that it had."""
+        norm = update.norm()
+        if self.clip_norm is not None:
+            # A norm that is not finite gives a factor of 0 or NaN; the step is skipped then.
+            update.mul_((self.clip_norm * scale / norm).clamp(max=1.0))
+        return norm
 
     def _combine(self) -> list[Tensor]:
         """Write the update into the pair; return what was measured on the way."""
