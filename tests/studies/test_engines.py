@@ -100,7 +100,9 @@ def test_killed_ten_times_at_random_moments_equals_uninterrupted(study, same_pro
             kills += 1
         else:  # through before
             folders.append(f"killed{len(folders)}")
-    assert start(folders[-1], "--jobs", "2").wait(timeout=600) == 0
+    last = start(folders[-1], "--jobs", "2")
+    said, _ = last.communicate(timeout=600)
+    assert last.returncode == 0 and "3 done" in said
     run_study(study, tmp_path / "whole", engine=same_process(), say=lambda line: None)
     for folder in folders:
         assert verdicts(study, folder) == verdicts(study, "whole")
