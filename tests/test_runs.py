@@ -28,13 +28,7 @@ from robust_peft.models import zoo
 from robust_peft.models.micro_swin import micro_swin
 from robust_peft.runs import parts as run_parts
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """docs/your_own.md: its Python and its command line, exactly as they stand, on a tiny folder of pictures."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -33,12 +32,8 @@ def block(language):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, layouts, one_thread):
     """What the page presupposes: photos, a network, its weights (pretrained on other classes)."""
-    path = Path(__file__).parent / "data" / "official_layouts.py"
-    spec = importlib.util.spec_from_file_location("official_layouts", path)
-    layouts = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(layouts)
     layouts.make_class_folders(tmp_path / "photos", count=6)
     (tmp_path / "my_network.py").write_text(NETWORK)
     torch.manual_seed(0)
@@ -46,10 +41,7 @@ def folder(tmp_path, monkeypatch):
     torch.save(network.state_dict(), tmp_path / "my_weights.pth")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield tmp_path
-    torch.set_num_threads(threads)
     sys.modules.pop("my_network", None)
 
 

@@ -1,6 +1,5 @@
 """Training ResNets from random weights: each loss, solver, BatchNorm mode and model, tiny and on a tiny CIFAR."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,26 +12,15 @@ from robust_peft.config import ATTACK_PARAMETERS, LOSS_PARAMETERS
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "cifar_resnet"
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = "--data.limit 8 --data.batch-size 4 --data.validation-share 0.2 --optim.epochs 1 --optim.lr 0.05 --seed 3"
 QUICK += " --attack.step-size None --attack.steps 2 --validation.steps 1 --evaluation.attacks pgd-1 --precision fp32"
 
 
 @pytest.fixture(scope="module")
-def cifar(tmp_path_factory):
-    path = ROOT / "tests" / "data" / "official_layouts.py"
-    spec = importlib.util.spec_from_file_location("official_layouts", path)
-    layouts = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(layouts)
+def cifar(tmp_path_factory, layouts):
     folder = tmp_path_factory.mktemp("cifar")
     return {name: layouts.make_cifar_parquet(folder / name, name) for name in ("cifar10", "cifar100")}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(cifar, output, *flags, data="cifar10", width=4, quick=QUICK):

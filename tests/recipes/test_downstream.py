@@ -4,11 +4,7 @@ Each runs under plain python and under torchrun with two processes, and ends wit
 model back.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,33 +36,6 @@ def vit(num_classes=10):
 """
 
 
-def layouts():
-    """The builders of tests/data/official_layouts.py."""
-    path = ROOT / "tests" / "data" / "official_layouts.py"
-    spec = importlib.util.spec_from_file_location("official_layouts", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def execute(*arguments, processes=1, home, status=0):
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "ignore",
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
-
-
 @pytest.fixture
 def files(tmp_path):
     """Factories and weights: an old-layout Swin as timm 0.6.13 saved it, a ViT as its checkpoints are wrapped."""
@@ -87,24 +56,25 @@ QUICK += " --validation.steps 1 --adapter.head-epochs 1 --evaluation.attacks pgd
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("recipe", ["cub_swin", "dogs_swin", "dogs_vit", "cifar_swin"])
-def test_recipe_on_a_tiny_archive(recipe, processes, files):
-    build = layouts()
+def test_recipe_on_a_tiny_archive(recipe, processes, files, execute, layouts):
     packed = processes == 1
     archive = files / "archive"
     archive.mkdir()
     if recipe == "cub_swin":
-        root, classes, tested = build.make_cub(archive, packed=packed), build.BIRDS[:3], 9
+        root, classes, tested = layouts.make_cub(archive, packed=packed), layouts.BIRDS[:3], 9
         assert root.name == ("CUB_200_2011.tgz" if packed else "CUB_200_2011")
     elif recipe.startswith("dogs"):
-        root, classes, tested = build.make_dogs(archive, packed=packed), build.BREEDS[:3], 9
+        root, classes, tested = layouts.make_dogs(archive, packed=packed), layouts.BREEDS[:3], 9
     else:
-        root, classes, tested = build.make_cifar_parquet(archive), None, 10
+        root, classes, tested = layouts.make_cifar_parquet(archive), None, 10
     factory, weights = VIT if recipe == "dogs_vit" else SWIN
     size = 32 if recipe == "dogs_vit" else json.loads(OLD_SWIN.with_suffix(".json").read_text())["kwargs"]["img_size"]
     output = files / "run"
     flags = ["--backbone.name", f"{files / 'tiny.py'}:{factory}", "--backbone.checkpoint", files / weights]
     flags += ["--data.root", root, "--output", output, *QUICK.split()]
-    printed = execute(ROOT / "recipes" / f"{recipe}.py", *flags, processes=processes, home=files / "home")
+    home = str(files / "home")
+    done = execute(ROOT / "recipes" / f"{recipe}.py", *flags, processes=processes, HF_HOME=home)
+    printed = done.stdout + done.stderr
     assert printed.count("Run folder") == 1 and f"n={tested}" in printed
 
     names = {path.name for path in output.iterdir()}
@@ -131,24 +101,25 @@ def test_recipe_on_a_tiny_archive(recipe, processes, files):
     )
 
 
-def test_published_settings_and_what_is_refused(files):
+def test_published_settings_and_what_is_refused(files, execute, layouts):
     archive = files / "archive"
     archive.mkdir()
-    root = layouts().make_cub(archive)
-    recipe, home = ROOT / "recipes" / "cub_swin.py", files / "home"
+    root = layouts.make_cub(archive)
+    recipe, home = ROOT / "recipes" / "cub_swin.py", str(files / "home")
     flags = ["--backbone.name", f"{files / 'tiny.py'}:vit", "--backbone.checkpoint", files / "vit.pth"]
     flags += ["--data.root", root]
     run = ["--output", files / "run", "--data.partial"]
     small = (
         "--data.limit 2 --data.batch-size 2 --optim.epochs 1 --optim.warmup-epochs 0 --adapter.head-epochs 1".split()
     )
-    execute(recipe, "--preset", "roli", *flags, *small, *run, "--evaluation.attacks", "clean", home=home)
+    execute(recipe, "--preset", "roli", *flags, *small, *run, "--evaluation.attacks", "clean", HF_HOME=home)
     config = json.loads((files / "run" / "config.json").read_text())["config"]
     assert config["surgery"]["name"] == "vanilla" and config["surgery"]["lam"] == 1.0
     assert config["attack"]["steps"] == 7 and config["optim"]["lr"] == 0.05 and config["data"]["rotation"] == 0
 
     def refused(*arguments):
-        said = execute(recipe, *arguments, home=home, status=2).strip().splitlines()[-1]
+        done = execute(recipe, *arguments, HF_HOME=home, status=2)
+        said = (done.stdout + done.stderr).strip().splitlines()[-1]
         assert said.startswith("error: ")
         return said
 

@@ -1,24 +1,15 @@
 """The synthetic experiment's recipe runs as its docstring says, on few digits."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def execute(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, RECIPES / "mnist_logistic.py", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
-def test_mnist_logistic(tmp_path):
+def test_mnist_logistic(tmp_path, execute):
     flags = ["--limit", 40, "--epochs", 2, "--budgets", 0.1, 0.3, "--tsne-samples", 20, "--output", tmp_path]
-    done = execute(*flags)
-    assert done.returncode == 0 and done.stderr == ""
+    done = execute(RECIPES / "mnist_logistic.py", *flags, PYTHONWARNINGS="")
+    assert done.stderr == ""
     assert "Digits 1 and 2, 40 for training and 40 for test, d = 1024 pixels" in done.stdout
     assert (tmp_path / "tables.md").read_text() in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +12,6 @@ import torch
 import robust_peft as rp
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-def execute(*arguments, processes=1):
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +39,8 @@ def parquet_files(tmp_path_factory):
     return folder
 
 
-def test_quickstart(tmp_path):
-    printed = execute(RECIPES / "quickstart.py", "--output", tmp_path, "--limit", "20", "--epochs", "1")
+def test_quickstart(tmp_path, execute):
+    printed = execute(RECIPES / "quickstart.py", "--output", tmp_path, "--limit", "20", "--epochs", "1").stdout
     methods = ["vanilla, lam 0", "vanilla, lam 0.5", "vanilla, lam 1", "CA-AT, gamma 0.8", "CA-AT, gamma 0.9"]
     table = [line for line in printed.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in table[2:]] == methods
@@ -75,30 +62,30 @@ def test_quickstart(tmp_path):
     assert again.returncode == 2 and "holds a run" in again.stderr
 
 
-def test_quickstart_on_two_processes(tmp_path):
+def test_quickstart_on_two_processes(tmp_path, execute):
     execute(RECIPES / "quickstart.py", "--output", tmp_path, "--limit", "120", "--epochs", "1", processes=2)
     description = json.loads((tmp_path / "ca-at-0.9" / "config.json").read_text())
     assert description["processes"] == 2
     assert "| method" in (tmp_path / "table.md").read_text()
 
 
-def test_quickstart_scan_leaves_the_test_digits_unseen(tmp_path):
+def test_quickstart_scan_leaves_the_test_digits_unseen(tmp_path, execute):
     flags = ["--output", tmp_path, "--eps", "0.1", "--lr", "0.01", "--lam", "0.5", "--limit", "12", "--epochs", "1"]
-    printed = execute(RECIPES / "quickstart_scan.py", *flags)
+    printed = execute(RECIPES / "quickstart_scan.py", *flags).stdout
     assert "eps 0.1 lr 0.01 lam 0.5" in printed and "n=12" in printed
     assert "results" not in json.loads((tmp_path / "eps0.1-lr0.01-lam0.5" / "evaluation.json").read_text())
-    assert execute(RECIPES / "quickstart_scan.py", *flags).split("(")[0] == printed.split("(")[0]
+    assert execute(RECIPES / "quickstart_scan.py", *flags).stdout.split("(")[0] == printed.split("(")[0]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_pretrain_micro_swin(tmp_path, parquet_files, processes):
+def test_pretrain_micro_swin(tmp_path, parquet_files, processes, execute):
     flags = ["--data.train", parquet_files / "train.parquet", "--data.test", parquet_files / "test.parquet"]
     flags += ["--output", tmp_path / "run", "--optim.epochs", "1", "--optim.warmup-epochs", "0", "--no-compile"]
     flags += ["--data.batch-size", 8 // processes, "--data.validation-share", "0.2", "--evaluation.attacks", "pgd-1"]
     recipe = RECIPES / "pretrain_micro_swin.py"
-    printed = execute(recipe, *flags, "--time-limit", "0", processes=processes)
+    printed = execute(recipe, *flags, "--time-limit", "0", processes=processes).stdout
     assert "the same command and --resume" in printed
-    printed = execute(recipe, *flags, "--resume", processes=processes)
+    printed = execute(recipe, *flags, "--resume", processes=processes).stdout
     assert printed.count("n=10") == 2 and printed.count("Run folder") == 1
     description = json.loads((tmp_path / "run" / "config.json").read_text())
     assert description["processes"] == processes
@@ -114,7 +101,7 @@ def test_pretrain_micro_swin(tmp_path, parquet_files, processes):
             "--output",
             tmp_path / "weights",
         ]
-        printed = execute(RECIPES / "export_micro_swin.py", *export, "--attacks", "fgsm")
+        printed = execute(RECIPES / "export_micro_swin.py", *export, "--attacks", "fgsm").stdout
         assert printed.count("n=10") == 2
         assert sorted(p.name for p in (tmp_path / "weights").iterdir()) == [
             f"micro_swin.{e}" for e in ("json", "png", "safetensors")
