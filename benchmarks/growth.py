@@ -73,7 +73,7 @@ def take_steps(settings: dict[str, int]) -> dict[str, float]:
         data = rp.data.ImageSet(pixels, torch.arange(count) % 10, tuple(map(str, range(10))), "random images")
         return trainer.fit(rp.data.train_loader(data, batch)).history
 
-    train(1, 1)
+    train(1, batch)  # what libraries set up once is nobody's
     peak = Peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     history = train(4, batch)
     if not history:  # rank 0 keeps the log
@@ -84,8 +84,11 @@ def take_steps(settings: dict[str, int]) -> dict[str, float]:
 def in_own_process(settings: dict[str, int]) -> dict[str, float]:
     """`take_steps` in a fresh process; in several, what rank 0 saw."""
     if settings["processes"] == 1:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(take_steps, (settings,))
+        pool = multiprocessing.get_context("spawn").Pool(1)
+        found = pool.apply(take_steps, (settings,))
+        pool.close()
+        pool.join()
+        return found
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(settings["processes"]), __file__, "--settings", json.dumps(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

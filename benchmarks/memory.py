@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 
 import torch
@@ -10,17 +12,16 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """The most bytes in use from now on, above what is in use now: allocated on a GPU, resident on a CPU (Linux).
-
-    The process should be a fresh one: an allocator that holds on to freed memory would hide a peak.
-    """
+    """The most bytes in use from now on, above what is in use now: allocated on a GPU, resident on a CPU (Linux)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, or it would hide a peak (glibc)
             CLEAR.write_text("5")  # VmHWM starts anew
             self.before = _resident("VmRSS")
 

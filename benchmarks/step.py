@@ -152,17 +152,12 @@ def wait(device: torch.device) -> None:
 def time_sides(
     sides: dict[str, Side], images: Tensor, labels: Tensor, rounds: int, most_seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each side's step in each round: the sides take turns, and in a turn two steps, the faster one counts.
-
-    A first round warms up (and compiles).
-    """
+    """Seconds of each side's step in each round; the sides take turns. A first round warms up (and compiles)."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     started = time.monotonic()
     for turn in range(rounds + 1):
         for name, side in sides.items():
-            taken = min(side(images, labels, 2))
-            if turn:
-                seconds[name].append(taken)
+            seconds[name] += side(images, labels, 1 if turn else 0)
         if turn == 0:
             started = time.monotonic()
         elif turn >= 2 and time.monotonic() - started > most_seconds:
@@ -254,7 +249,8 @@ def seconds_of_surgery(name: str, device: torch.device) -> float:
 def peak_memory(name: str, side: str, batch_size: int, precision: str, compile: bool, threads: int) -> int:
     """Bytes above the loaded model at the peak of two steps of one side. To be called in a fresh process.
 
-    A step on one image comes first: what libraries set up once is nobody's.
+    A step on the same batch comes first: what libraries set up once is nobody's. What lives as long as a training (the
+    optimizer's state, the buffer of the pair) is not in it.
     """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -263,7 +259,7 @@ def peak_memory(name: str, side: str, batch_size: int, precision: str, compile: 
     ours = side == "ours"
     ca_at = rp.surgery.ConflictAware(gamma=GAMMA)
     step = Ours(model, ca_at, precision, compile) if ours else Reference(model, "fp32", device)
-    step(images[:1], labels[:1], 0)
+    step(images, labels, 0)
     peak = Peak(device)
     step(images, labels, 1)
     return peak.above()
@@ -295,10 +291,12 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.no_memory:
         spawn = multiprocessing.get_context("spawn")
         for side in ("reference", "ours"):
-            with spawn.Pool(1) as pool:
-                found[f"memory_{side}"] = pool.apply(
-                    peak_memory, (name, side, batch_size, precision, arguments.compile, torch.get_num_threads())
-                )
+            pool = spawn.Pool(1)
+            found[f"memory_{side}"] = pool.apply(
+                peak_memory, (name, side, batch_size, precision, arguments.compile, torch.get_num_threads())
+            )
+            pool.close()
+            pool.join()
         found["memory_ratio"] = found["memory_ours"] / found["memory_reference"]
     return found
 

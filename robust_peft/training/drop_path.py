@@ -25,14 +25,16 @@ class KeyedDropPaths:
             m for m in model.modules() if type(m).__name__.endswith("DropPath") and getattr(m, "drop_prob", 0)
         ]
         self._keys: Tensor | None = None
+        # Made once: to torch.compile another function in a module's place would be another model.
+        self._forwards = [partial(self._forward, module, place) for place, module in enumerate(self._found)]
 
     def set_keys(self, keys: Tensor) -> None:
         """The keys of the samples of the next pass."""
         self._keys = keys
 
     def __enter__(self) -> KeyedDropPaths:
-        for place, module in enumerate(self._found):
-            module.forward = partial(self._forward, module, place)
+        for module, forward in zip(self._found, self._forwards, strict=True):
+            module.forward = forward
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -175,6 +175,7 @@ class Trainer:
         if channels_last:
             model.to(memory_format=torch.channels_last)
         self.forward_model: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
+        self._drop_paths = KeyedDropPaths(model)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             block_names(model)  # raises where there are none
@@ -264,7 +265,6 @@ class Trainer:
         if self.log_with:
             self.accelerator.init_trackers("robust_peft", config=_flat(self.settings))
         self._num_classes = self._count_classes(loader)
-        drop_paths = KeyedDropPaths(self.model)
         self._draws_dropout = has_dropout(self.model)
         before_this_piece = run.seconds
         stopped = False
@@ -279,7 +279,11 @@ class Trainer:
             running.enter_context(fast_in(DTYPES[self.precision], self.device, self.model))
         if self.gradient_checkpointing:
             running.enter_context(checkpointed_blocks(self.model))
-        with running, drop_paths, Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress:
+        with (
+            running,
+            self._drop_paths,
+            Progress(self.optim.epochs * steps_per_epoch, run.step, self._shows()) as progress,
+        ):
             while run.epoch < self.optim.epochs and not stopped:
                 loader.set_epoch(run.epoch)
                 set_epoch = getattr(train_loader.dataset, "set_epoch", None)
@@ -310,7 +314,7 @@ class Trainer:
                             loss_weights=self.loss_weights,
                             autocast=self._autocast,
                             scale=scaler.scale,
-                            seed_dropout=drop_paths.set_keys,
+                            seed_dropout=self._drop_paths.set_keys,
                         )
                     held.clear()
                     late = time_limit is not None and time.monotonic() - started > time_limit

@@ -73,7 +73,7 @@ def test_each_solver(solver, norm, cifar, tmp_path):
         ("resnet34", "running", 4),
         ("resnet34", "batch", 4),
         ("resnet18", "running", None),
-        pytest.param("wrn28_10", "batch", None, marks=pytest.mark.slow),
+        ("wrn28_10", "batch", None),
     ],
 )
 def test_each_model_and_batch_norm(model, bn, width, cifar, tmp_path):

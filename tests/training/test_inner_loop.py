@@ -1,5 +1,6 @@
 """What would cost time in the inner loop, counted: parameter gradients, and waiting for the device."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from builders import CLASSES, tiny_adapted, tiny_attack, tiny_images, tiny_optim
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -145,3 +147,18 @@ def test_a_training_sees_cast_weights_and_leaves_the_backbone_alone(precision: s
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == trainable
+
+
+def test_training_on_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch):
+    """A second `fit` of one trainer finds the graphs of the first, with drop paths and cast weights too."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    options: dict[str, Any] = {"attack": tiny_attack(), "optim": tiny_optim(epochs=1), "precision": "bf16"}
+    trainer = rp.Trainer(tiny_adapted(drop_path_rate=0.5), compile=True, progress=False, **options)
+    trainer.fit(train_loader(tiny_images(), 6))
+    first = counter.frame_count
+    trainer.fit(train_loader(tiny_images(), 6))
+    assert first >= 2  # the attack's and the training's
+    assert counter.frame_count == first
+    torch._dynamo.reset()
