@@ -109,9 +109,18 @@ class Point:
 
     @property
     def key(self) -> str:
-        """Hash of the run's settings: two points with one key would be the same run."""
-        text = json.dumps(to_dict(self.config), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Hash of the run's settings: two points with one key would be the same run.
+
+        Only of what differs from a plain `RunConfig`, so that finished runs keep their names when a later version of
+        this package brings another setting.
+        """
+        plain, changed = to_dict(RunConfig()), {}
+        for name, value in to_dict(self.config).items():
+            if isinstance(value, dict):
+                value = {key: item for key, item in value.items() if item != plain[name][key]}
+            if value not in ({}, plain[name]):
+                changed[name] = value
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def folder(self) -> str:

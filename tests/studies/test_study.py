@@ -2,7 +2,7 @@
 
 import pytest
 
-from robust_peft.config import RunConfig, SurgeryConfig
+from robust_peft.config import RunConfig, SurgeryConfig, to_dict
 from robust_peft.studies import Measurement, Method, Study, grid
 from robust_peft.studies.study import apply_settings
 
@@ -37,6 +37,17 @@ def test_a_point_keeps_its_folder_as_long_as_its_settings_stay():
     assert first[1].folder == second[1].folder and first[1].folder != second[0].folder
     other = Study(name="s", methods=METHODS, settings={"optim.lr": 1.0}).points()
     assert not {point.folder for point in first} & {point.folder for point in other}
+
+
+def test_a_point_keeps_its_folder_when_runs_get_another_setting(monkeypatch):
+    before = Study(name="s", methods=METHODS).points()[0].folder
+
+    def with_more(config):
+        plain = to_dict(config)
+        return {**plain, "optim": {**plain["optim"], "new": "off"}, "newer": 1}
+
+    monkeypatch.setattr("robust_peft.studies.study.to_dict", with_more)
+    assert Study(name="s", methods=METHODS).points()[0].folder == before
 
 
 def test_long_names_make_no_folder_that_a_file_system_refuses():
