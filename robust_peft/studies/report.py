@@ -66,6 +66,8 @@ def write_report(study: Study, records: Sequence[Record], output: str | Path) ->
             key = (panel.name, stage)
             figure = f"figures/front-{names.index(panel.name) + 1}-{_slug(panel.name)}-{stage}.svg"
             sections.append(_panel_section(study, panel, fronts[key], methods[key], output, figure))
+    if study.extra is not None:
+        sections += study.extra(study, records, output)
     sections += _other_sections(study, records, panels, output)
     title = f"Study {study.name}"
     made = [{**environment, "runs": folders} for environment, folders in environments(records)]

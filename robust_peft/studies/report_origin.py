@@ -24,7 +24,8 @@ def origin(study: Study, records: Sequence[Record], panels: Sequence[Panel], out
         if plan is not None:
             images = "all images" if plan.limit is None else f"the first {plan.limit} images"
             each = ", each attack on every image" if plan.each else ""
-            plans.append(f"{name}: {', '.join(plan.attacks)} on {images} of the {plan.split} split{each}.")
+            budgets = f"; at the run's own budget and at {', '.join(plan.eps)}" if plan.eps else ""
+            plans.append(f"{name}: {', '.join(plan.attacks)} on {images} of the {plan.split} split{each}{budgets}.")
     blocks: list[Block] = [Items(tuple(plans))]
     made = environments(records)
     if made:

@@ -11,12 +11,18 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from robust_peft.config import METHOD_PARAMETERS, RunConfig, to_dict
+from robust_peft.pixel_units import NORMS, as_number, eps_problem
 from robust_peft.presets import get_preset
+
+if TYPE_CHECKING:
+    from robust_peft.studies.records import Record
+    from robust_peft.studies.report_blocks import Section
 
 Settings = Mapping[str, Any]
 """Dotted names of a `RunConfig`'s fields with their values: ``{"surgery.gamma": 0.8, "seed": 1}``."""
@@ -64,7 +70,8 @@ class Measurement:
         limit: Only the first so many images of the split; None: all.
         audit: Whether `robust_peft.audit` goes with it.
         each: Try every attack on every sample, also those that another one has broken.
-        eps: Budgets beside the run's own, in pixel units, e.g. ("4/255", "12/255").
+        eps: Budgets beside the run's own, in pixel units, e.g. ("4/255", "12/255"); with the norm before it where it is
+            another one, e.g. "l2 0.5". Under each norm those of the attacks are tried that exist for it.
     """
 
     attacks: tuple[str, ...]
@@ -81,6 +88,18 @@ class Measurement:
             raise ValueError(f"attacks should be clean and at least one attack. Found {', '.join(self.attacks)}.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit should be at least 1 or None. Found limit = {self.limit!r}.")
+        for text, (norm, eps) in zip(self.eps, self.budgets(""), strict=True):
+            if norm not in ("", *NORMS) or as_number(eps) is None or (norm and eps_problem(norm, eps)):
+                raise ValueError(f'eps should be budgets like "4/255", or "l2 0.5" with a norm. Found {text!r}.')
+
+    def budgets(self, norm: str) -> list[tuple[str, str]]:
+        """Norm and budget of each of ``eps``.
+
+        Args:
+            norm: The run's own, for those that name none.
+        """
+        parts = [text.rpartition(" ") for text in self.eps]
+        return [(named or norm, eps) for named, _, eps in parts]
 
 
 @dataclass(frozen=True)
@@ -145,6 +164,8 @@ class Study:
         measure: How every point is measured; on held-out images, so that choosing among points costs no test image.
         confirm: How each family's non-dominated points are measured in the end, or None.
         question: What the study asks, for the report's first paragraph.
+        extra: Further sections of the report, made from the study, its records and the report's folder, into which it
+            may write figures.
     """
 
     name: str
@@ -158,6 +179,7 @@ class Study:
     measure: Measurement = Measurement(("clean", "apgd-ce", "t-apgd-dlr"), split="validation", limit=200)
     confirm: Measurement | None = Measurement(("clean", "autoattack"), audit=True)
     question: str = ""
+    extra: Callable[[Study, Sequence[Record], Path], list[Section]] | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):

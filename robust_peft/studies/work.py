@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from robust_peft.attacks.suite import check_attack_name, parse_attack_name
 from robust_peft.data.decoding import BrokenPicture
 from robust_peft.evaluation import Report, audit, evaluate
 from robust_peft.files import read_json, write_json
@@ -114,26 +116,33 @@ class _Work:
             _remove_outdated(kept, images.name)
         process_state().wait_for_everyone()
         own = make_threat(self.config)
-        threats = list(dict.fromkeys([own, *(ThreatModel(own.norm, eps) for eps in measurement.eps)]))
-        report = evaluate(
-            model,
-            images,
-            threats,
-            measurement.attacks,
-            batch_size=self.config.evaluation.batch_size,
-            limit=measurement.limit,
-            seed=self.config.seed,
-            each=measurement.each,
-            precision=self.config.evaluation.precision,
-            output=kept,
-            time_limit=self._time_left(),
-        )
-        if report.finished and self.main:
+        threats = list(dict.fromkeys([own, *(ThreatModel(*budget) for budget in measurement.budgets(own.norm))]))
+        reports: list[Report] = []
+        for norm, attacks in attacks_by_norm(measurement.attacks, [threat.norm for threat in threats]).items():
+            found = evaluate(
+                model,
+                images,
+                [threat for threat in threats if threat.norm == norm],
+                attacks,
+                batch_size=self.config.evaluation.batch_size,
+                limit=measurement.limit,
+                seed=self.config.seed,
+                each=measurement.each,
+                precision=self.config.evaluation.precision,
+                output=kept,
+                time_limit=self._time_left(),
+            )
+            if not found.finished:
+                return False
+            reports.append(found)
+        report = reports[0]
+        report.results += [row for other in reports[1:] for row in other.results if row.threat is not None]
+        if self.main:
             values = report.to_dict()
             for row, result in zip(values["results"], report.results, strict=True):
                 row["threat"] = "" if result.threat is None else str(result.threat)
             self.files.write_report(stage, measurement, values)
-        return report.finished
+        return True
 
     def _audit(self, measurement: Measurement) -> bool:
         images, found = self._images(measurement), self.files.report(CONFIRMED, measurement)
@@ -167,6 +176,29 @@ class _Work:
 
     def _time_left(self) -> float | None:
         return None if self.deadline is None else self.deadline - time.monotonic()
+
+
+def attacks_by_norm(attacks: Sequence[str], norms: Sequence[str]) -> dict[str, list[str]]:
+    """Norm -> which of the attacks exist for it, in their order.
+
+    Args:
+        attacks: Attacks by name, "clean" among them.
+        norms: The norms of a measurement.
+
+    Raises:
+        ValueError: For an attack that exists for none of the norms, or a norm that has none of the attacks.
+    """
+    found: dict[str, list[str]] = {norm: [] for norm in norms}
+    for name in attacks:
+        having = [norm for norm in found if norm in parse_attack_name(name).entry.norms]
+        if not having:
+            check_attack_name(name, norms[0])  # says for which norms it exists
+        for norm in having:
+            found[norm].append(name)
+    for norm, names in found.items():
+        if all(check_attack_name(name) == "clean" for name in names):
+            raise ValueError(f"attacks should have one that exists for {norm}. Found {', '.join(attacks)}.")
+    return found
 
 
 def _said(error: Exception) -> str:
