@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robust_peft.files import write_json, write_text
-from robust_peft.plots import SeedPoint, plot_seed_fronts
+from robust_peft.plots import plot_seed_fronts
 from robust_peft.studies.comparisons import Comparison, Resamples, compare_fronts, compare_methods, representatives
 from robust_peft.studies.records import Record
 from robust_peft.studies.report_answer import STAGES, answer
 from robust_peft.studies.report_blocks import Block, Figure, Paragraph, Section
+from robust_peft.studies.report_fronts import points_of
 from robust_peft.studies.report_numbers import numbers
 from robust_peft.studies.report_origin import commands, environments, origin
 from robust_peft.studies.report_page import to_html, to_markdown
@@ -25,7 +26,7 @@ from robust_peft.studies.report_tables import (
     missing_table,
     worst_case,
 )
-from robust_peft.studies.statistics import Front, MethodResult, Panel, panels_of
+from robust_peft.studies.statistics import MethodResult, Panel, panels_of
 from robust_peft.studies.study import Study
 
 
@@ -93,7 +94,7 @@ def _panel_section(
     figure: str,
 ) -> Section:
     stage = STAGES[panel.stage]
-    points = [point for front in panel.fronts for point in _points(front)]
+    points = [point for front in panel.fronts for point in points_of(front)]
     plot_seed_fronts(
         points, output / figure, attack=worst_case(panel), title=f"{panel.name}: {stage}", samples=len(panel.samples)
     )
@@ -147,15 +148,6 @@ def _best_of_the_search(panel: Panel, searched: Sequence[Panel]) -> list[MethodR
     for front, own in zip(panel.fronts, representatives(panel), strict=True):
         found.append(next((method for method in front.methods if method.name in wanted), own))
     return found
-
-
-def _points(front: Front) -> list[SeedPoint]:
-    """The front's points; where all labels begin with the same word, e.g. "gamma 0.8", it goes to the legend."""
-    family, labels = front.family, [method.label for method in front.methods]
-    heads = {label.rpartition(" ")[0] for label in labels}
-    if len(labels) > 1 and len(heads) == 1 and heads != {""}:
-        family, labels = f"{family}, {heads.pop()}", [label.rpartition(" ")[2] for label in labels]
-    return [SeedPoint(family, label, m.of_seeds) for label, m in zip(labels, front.methods, strict=True)]
 
 
 def _other_sections(study: Study, records: Sequence[Record], panels: Sequence[Panel], output: Path) -> list[Section]:

@@ -13,6 +13,7 @@ from robust_peft.studies.runner import run_point
 from robust_peft.studies.status import describe_status
 from robust_peft.studies.store import PointFolder
 from robust_peft.studies.survey import accuracies
+from robust_peft.studies.work import attacks_by_norm
 
 MEASURED_ATTACKS = ["clean", "fgsm", "pgd-2"]  # conftest's
 
@@ -114,6 +115,32 @@ def test_what_is_measured_otherwise_is_measured_again_and_not_trained_again(make
     (record,) = collect(on_test, output)
     assert [verdicts.threat for verdicts in record.measured] == ["", "L-inf 0.2", "L-inf 0.1"]
     assert set(started(output, "train").values()) == {1} and set(started(output, "measured").values()) == {3}
+
+
+def test_another_norm_is_measured_with_the_attacks_that_it_has(make_study, same_process, tmp_path):
+    measure = Measurement(("clean", "mifgsm-1", "fgsm", "ddn-1"), limit=6, each=True, eps=("0.1", "l2 0.5"))
+    study, output = make_study(methods=(Method("CA-AT"),), measure=measure), tmp_path / "out"
+    run_study(study, output, engine=same_process(), say=lambda line: None)
+    (record,) = collect(study, output)
+    assert [(verdicts.attack, verdicts.threat) for verdicts in record.measured] == [
+        ("clean", ""),
+        *((attack, threat) for threat in ("L-inf 0.2", "L-inf 0.1") for attack in ("mifgsm-1", "fgsm")),
+        *((attack, "L2 0.5") for attack in ("fgsm", "ddn-1")),
+    ]
+    assert record.confirmed and {verdicts.accuracy.total for verdicts in record.measured} == {6}
+
+
+@pytest.mark.parametrize(
+    ("attacks", "norms", "message"),
+    [
+        (("clean", "ddn"), ("linf",), "ddn exists for l2 only. Found norm = 'linf'"),
+        (("clean", "ddn"), ("linf", "l2"), "attacks should have one that exists for linf. Found clean, ddn"),
+        (("clean", "mifgsm"), ("linf", "l2"), "attacks should have one that exists for l2"),
+    ],
+)
+def test_a_norm_without_an_attack_is_an_error(attacks, norms, message):
+    with pytest.raises(ValueError, match=message):
+        attacks_by_norm(attacks, norms)
 
 
 def test_an_audit_goes_with_the_confirmation(make_study, same_process, tmp_path):

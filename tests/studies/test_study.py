@@ -50,6 +50,16 @@ def test_a_point_keeps_its_folder_when_runs_get_another_setting(monkeypatch):
     assert Study(name="s", methods=METHODS).points()[0].folder == before
 
 
+def test_further_sections_are_no_part_of_a_point():
+    plain, more = Study(name="s", methods=METHODS), Study(name="s", methods=METHODS, extra=lambda *given: [])
+    assert [point.folder for point in plain.points()] == [point.folder for point in more.points()]
+
+
+def test_budgets_may_name_another_norm():
+    measurement = Measurement(("clean", "pgd-20"), eps=("4/255", "l2 0.5", "linf 0.1"))
+    assert measurement.budgets("l2") == [("l2", "4/255"), ("l2", "0.5"), ("linf", "0.1")]
+
+
 def test_long_names_make_no_folder_that_a_file_system_refuses():
     axes = {"data": {"a" * 300: {}}}
     (point,) = Study(name="s", methods=[Method("b" * 300, "c" * 300)], axes=axes).points()
@@ -89,6 +99,9 @@ def test_what_is_wrong_is_said_at_once(arguments, message):
         ({"attacks": ("pgd-20",)}, "clean and at least one attack"),
         ({"attacks": ("clean", "pgd-20"), "split": "train"}, "split should be validation or test"),
         ({"attacks": ("clean", "pgd-20"), "limit": 0}, "limit should be at least 1"),
+        ({"attacks": ("clean", "pgd-20"), "eps": ("4/0",)}, "Found '4/0'"),
+        ({"attacks": ("clean", "pgd-20"), "eps": ("l3 0.5",)}, "Found 'l3 0.5'"),
+        ({"attacks": ("clean", "pgd-20"), "eps": ("0.1", "linf 8")}, "Found 'linf 8'"),
     ],
 )
 def test_wrong_measurements(arguments, message):

@@ -1,0 +1,51 @@
+"""Tiny studies from end to end: trained, measured, confirmed, tabulated."""
+
+from dataclasses import replace
+
+import pytest
+
+from robust_peft.studies import collect, load_study, run_study
+from robust_peft.studies.paper import fig1, table1
+from robust_peft.studies.report import write_report
+
+TINIEST = {"data.limit": 20, "data.batch_size": 10, "optim.epochs": 1, "attack.steps": 2, "attack.step_size": None}
+
+
+def run(study, folder, engine):
+    """Everything done; the records."""
+    run_study(study, folder, engine=engine, say=lambda line: None)
+    records = collect(study, folder)
+    assert [(record.status, record.error) for record in records] == [("done", None)] * len(study.points())
+    for record in records:
+        assert [v.attack for v in record.measured[:1]] == ["clean"]
+        assert {v.accuracy.total for v in record.measured} == {study.measure.limit}
+        assert (record.folder / "metrics.jsonl").is_file()
+    assert any(record.confirmed for record in records)
+    assert write_report(study, records, folder).is_file()
+    return records
+
+
+@pytest.mark.parametrize("name", ["paper/fig1", "paper/fig5"])
+def test_two_points(name, tmp_path, same_process):
+    study = load_study(name, "tiny")
+    study = replace(
+        study,
+        settings={**study.settings, **TINIEST},
+        methods=[study.methods[0], study.methods[-1]],
+        measure=replace(study.measure, limit=10),
+        confirm=replace(study.confirm, limit=10),
+    )
+    records = run(study, tmp_path, same_process())
+    if name == "paper/fig1":
+        (section,) = fig1.extra(study, records, tmp_path)
+        cells = [row[2].split()[0] for row in section.blocks[1].rows]
+        assert cells == [f"{100 * v.accuracy.accuracy:.2f}" for record in records for v in record.measured]
+
+
+@pytest.mark.slow  # its fast twin is test_two_points
+def test_a_whole_tiny_study(tmp_path, same_process):
+    study = table1.study("tiny")
+    records = run(study, tmp_path, same_process())
+    (section,) = table1.extra(study, records, tmp_path)
+    (table,) = section.blocks
+    assert len(table.rows) == 16 and all(cell for row in table.rows for cell in row)
