@@ -107,7 +107,9 @@ def draw(what: str, points: list[dict[str, float]], folder: Path) -> None:
         law = [1.0 if flat else LAWS[what](value) for value in x]
         panels[name] = {"measured": (x, y), "law": (x, [y[at] * value / law[at] for value in law])}
     label = what.replace("_", " ")
-    plot_lines(panels, folder / f"{what}.png", x_label=label, title=f"A CA-AT step by {label}", log=True, ticks=x)
+    unit = {"image_size": ", pixels", "batch_size": ", images", "reduction": " factor"}.get(what, "")
+    title = f"A CA-AT step by {label}"
+    plot_lines(panels, folder / f"{what}.png", x_label=label + unit, title=title, log=True, ticks=x)
 
 
 def main() -> None:

@@ -84,7 +84,15 @@ def images_for(name: str, batch_size: int, device: torch.device) -> tuple[Tensor
 class Ours:
     """A `Trainer`, timed by its own log: what its user gets, from the batch's arrival to the record of the step."""
 
-    def __init__(self, model: nn.Module, surgery: Any, precision: str, compile: bool, measure: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        surgery: Any,
+        precision: str,
+        compile: bool,
+        measure: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
         self.trainer = rp.Trainer(
             model,
             attack=rp.attacks.PGD(rp.ThreatModel("linf", EPS), steps=STEPS, step_size=STEP_SIZE),
@@ -94,6 +102,7 @@ class Ours:
             compile=compile,
             channels_last=any(isinstance(module, nn.BatchNorm2d) for module in model.modules()),
             measure_conflict=measure,
+            gradient_checkpointing=checkpointing,
             progress=False,
         )
 
@@ -130,16 +139,20 @@ class Reference:
 Side = Ours | Reference
 
 
-def make_sides(name: str, device: torch.device, precision: str, compile: bool) -> dict[str, Side]:
+def make_sides(name: str, device: torch.device, precision: str, compile: bool, checkpointing: bool) -> dict[str, Side]:
     """What is timed, each on a model of its own."""
     reduced = precision if precision != "fp32" else "bf16"
     ca_at, vanilla = rp.surgery.ConflictAware(gamma=GAMMA), rp.surgery.Vanilla(lam=0.5)
+
+    def ours(surgery: Any, measure: bool = True) -> Ours:
+        return Ours(build(name, device), surgery, precision, compile, measure, checkpointing)
+
     return {
         "reference": Reference(build(name, device), "fp32", device),
         "reference under autocast": Reference(build(name, device), reduced, device),
-        "ours": Ours(build(name, device), ca_at, precision, compile),
-        "ours, vanilla": Ours(build(name, device), vanilla, precision, compile),
-        "ours, vanilla, one backward pass": Ours(build(name, device), vanilla, precision, compile, measure=False),
+        "ours": ours(ca_at),
+        "ours, vanilla": ours(vanilla),
+        "ours, vanilla, one backward pass": ours(vanilla, measure=False),
     }
 
 
@@ -152,12 +165,16 @@ def wait(device: torch.device) -> None:
 def time_sides(
     sides: dict[str, Side], images: Tensor, labels: Tensor, rounds: int, most_seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each side's step in each round; the sides take turns. A first round warms up (and compiles)."""
+    """Seconds of each side's step in each round; the sides take turns. A first round warms up (and compiles).
+
+    Each round begins with another side, so that none always follows the same one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     started = time.monotonic()
     for turn in range(rounds + 1):
-        for name, side in sides.items():
-            seconds[name] += side(images, labels, 1 if turn else 0)
+        first = turn % len(sides)
+        for name in [*sides][first:] + [*sides][:first]:
+            seconds[name] += sides[name](images, labels, 1 if turn else 0)
         if turn == 0:
             started = time.monotonic()
         elif turn >= 2 and time.monotonic() - started > most_seconds:
@@ -246,7 +263,9 @@ def seconds_of_surgery(name: str, device: torch.device) -> float:
     return statistics.median(whole[1:]) - statistics.median(alone[1:])
 
 
-def peak_memory(name: str, side: str, batch_size: int, precision: str, compile: bool, threads: int) -> int:
+def peak_memory(
+    name: str, side: str, batch_size: int, precision: str, compile: bool, threads: int, checkpointing: bool = False
+) -> int:
     """Bytes above the loaded model at the peak of two steps of one side. To be called in a fresh process.
 
     A step on the same batch comes first: what libraries set up once is nobody's. What lives as long as a training (the
@@ -258,7 +277,8 @@ def peak_memory(name: str, side: str, batch_size: int, precision: str, compile: 
     images, labels = images_for(name, batch_size, device)
     ours = side == "ours"
     ca_at = rp.surgery.ConflictAware(gamma=GAMMA)
-    step = Ours(model, ca_at, precision, compile) if ours else Reference(model, "fp32", device)
+    options: dict[str, Any] = {"checkpointing": checkpointing}
+    step = Ours(model, ca_at, precision, compile, **options) if ours else Reference(model, "fp32", device)
     step(images, labels, 0)
     peak = Peak(device)
     step(images, labels, 1)
@@ -272,7 +292,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     entry = MODELS[name]
     batch_size = arguments.batch_size or (entry.batch_on_gpu if device.type == "cuda" else entry.batch_on_cpu)
     images, labels = images_for(name, batch_size, device)
-    sides = make_sides(name, device, precision, arguments.compile)
+    sides = make_sides(name, device, precision, arguments.compile, arguments.gradient_checkpointing)
     seconds = time_sides(sides, images, labels, arguments.rounds, arguments.seconds)
     operations = count_operations(name, images, labels)
     rate = matrix_rate(device, precision)
@@ -292,9 +312,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         spawn = multiprocessing.get_context("spawn")
         for side in ("reference", "ours"):
             pool = spawn.Pool(1)
-            found[f"memory_{side}"] = pool.apply(
-                peak_memory, (name, side, batch_size, precision, arguments.compile, torch.get_num_threads())
-            )
+            options = (precision, arguments.compile, torch.get_num_threads(), arguments.gradient_checkpointing)
+            found[f"memory_{side}"] = pool.apply(peak_memory, (name, side, batch_size, *options))
             pool.close()
             pool.join()
         found["memory_ratio"] = found["memory_ours"] / found["memory_reference"]
@@ -309,6 +328,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of our side")
     parser.add_argument("--compile", action="store_true", help="compile our side's model")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="on our side")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=300, help="a model's rounds end after so many (two at least)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

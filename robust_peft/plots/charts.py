@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from robust_peft.plots.style import CLOUDS, DASHES, FILLS, NARROW, STYLES, new_figure, save, whiskers_of
 from robust_peft.results import Accuracy
@@ -199,6 +200,7 @@ def plot_lines(
         if log:
             axes.set_xscale("log")
             axes.set_yscale("log")
+            _mark_parts_of_a_decade(axes, [value for _, y in lines.values() for value in y if value > 0])
         for index, (name, (x, y)) in enumerate(lines.items()):
             marker, colour = STYLES[index % len(STYLES)]
             axes.plot(
@@ -211,10 +213,23 @@ def plot_lines(
             axes.legend(loc="best", frameon=False, fontsize=9)
     if ticks is not None:
         rows[-1].set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
-        rows[-1].minorticks_off()
+        rows[-1].set_xticks([], minor=True)
     figure.suptitle(title, fontsize=12)
     rows[-1].set_xlabel(x_label)
     return save(figure, path)
+
+
+def _mark_parts_of_a_decade(axes: Any, values: Sequence[float]) -> None:
+    """Plain numbers on a logarithmic y axis whose values span little more than a decade; matplotlib leaves it bare."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    span = max(values) / min(values) if values else 1
+    if 1 < span < 20:
+        tenths = [1 + tenth / 10 for tenth in range(90)]
+        marked = tenths if span < 1.4 else [1, 1.5, *range(2, 10)] if span < 4 else [1, 1.5, 2, 3, 5, 7]
+        axes.yaxis.set_major_locator(LogLocator(subs=marked))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def plot_scatter(

@@ -54,6 +54,15 @@ def test_lines(tmp_path, log):
     assert shown.count("mu") == 1  # a second legend would say the same
 
 
+@pytest.mark.parametrize("top", [1.03, 1.1, 1.6, 3, 12, 50])
+def test_a_logarithmic_axis_is_marked_however_little_it_spans(tmp_path, top):
+    panels = {"MB": {"measured": ([1, 1000], [6.4, 6.4 * top])}}
+    shown = texts(plot_lines(panels, tmp_path / "l.svg", x_label="x", title="t", log=True, ticks=[1, 1000]))
+    marks = [float(words) for words in shown if re.fullmatch(r"[\d.]+", words) and words not in ("1", "1000")]
+    within = [mark for mark in marks if 6 <= mark <= 7 * top]
+    assert len(within) >= 2 or top == 50, shown  # above, matplotlib's own powers of ten
+
+
 def test_a_panel_with_other_lines_has_its_own_legend(tmp_path):
     panels = {"above": {"one": ([1], [1])}, "below": {"two": ([1], [2])}}
     shown = texts(plot_lines(panels, tmp_path / "l.svg", x_label="x", title="t"))
