@@ -61,6 +61,7 @@ def plot_panels(
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.25)
     rows[0].set_title(title, fontsize=11)
+    rows[-1].xaxis.get_major_locator().set_params(integer=True)
     rows[-1].set_xlabel(x_label)
     rows[0].legend(loc="best", frameon=False)
     return save(figure, path)
@@ -105,7 +106,10 @@ def plot_accuracies(
     axes.set_ylim(-4, 104)
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
-    axes.legend(loc="best", frameon=False)
+    if len(series) > 4:  # so large a legend has no room beside the lines
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    else:
+        axes.legend(loc="best", frameon=False)
     return save(figure, path)
 
 

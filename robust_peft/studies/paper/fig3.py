@@ -30,8 +30,9 @@ def study(scale: str) -> Study:
             panels[f"{images}, {label}, PGD"] = {"data.name": name, **settings}
     images, name = next(iter(data.items()))
     label, settings = NETWORKS[scale]["resnet18"]
+    steps: Settings = {} if scale == "paper" else {"attack.steps": 3}
     for solver, attack in SOLVERS.items():
-        panels[f"{images}, {label}, {solver}"] = {"data.name": name, **settings, **attack}
+        panels[f"{images}, {label}, {solver}"] = {"data.name": name, **settings, **attack, **steps}
     return from_scratch(
         "fig3",
         scale,

@@ -156,7 +156,7 @@ def accuracy_over_budgets(study: Study, records: Sequence[Record], output: Path)
             for budget, accuracy in series[name]:
                 rows.append((name, f"{budget:g}/255", _figure_of(accuracy), (link(record, output, str(record.seed)),)))
         path = f"figures/budgets-{short(attack)}.svg"
-        plot_accuracies(series, output / path, x_label="budget of the attack, n/255 (L-inf)", title=attack)
+        plot_accuracies(series, output / path, x_label="budget of the attack, n/255 (L-inf)", title=f"under {attack}")
         caption = f"Accuracy under {attack} by itself, over its budget; budget 0 is no attack. 95 % Wilson intervals."
         blocks.append(Figure(path, f"Accuracy under {attack} over budgets, of {', '.join(series)}.", caption))
         header = ("trained with", "budget", "accuracy, %", "run by seed")
