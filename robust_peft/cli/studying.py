@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ USAGE = """usage: robust-peft study COMMAND FILE [--flags]
   point FILE     one point alone: what those commands call
   report FILE    tables and figures of what there is
 
-FILE is a Python file with study = Study(...) or a function study(scale), or one of: {built_in}
+FILE is a Python file with study = Study(...) or a function study(scale), or a study that comes with the package:
+
+{built_in}
 
 robust-peft study COMMAND --help tells more.
 """
@@ -31,7 +34,7 @@ robust-peft study COMMAND --help tells more.
 class Studied:
     """A study and its folder."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """Python file with study = Study(...) or def study(scale), or the name of one that comes with the package."""
     output: str | None = None
     """The study's folder; None: runs/studies/NAME."""
@@ -90,7 +93,8 @@ def run_study_command(arguments: list[str]) -> int | None:
     from robust_peft.studies import built_in_studies
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(built_in=", ".join(built_in_studies()) or "(none)"))
+        names = textwrap.fill(", ".join(built_in_studies()), 78, initial_indent="  ", subsequent_indent="  ")
+        print(USAGE.format(built_in=names))
         return 0 if arguments else 2
     commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
         "run": (Run, _run),

@@ -46,12 +46,13 @@ def load_study(source: str | Path, scale: str | None = None) -> Study:
 
 def built_in_studies() -> list[str]:
     """Names of the studies that come with the package, e.g. "paper/fig4"."""
-    found = []
     here = Path(__file__).parent
-    for path in sorted(here.glob("*/*.py")):
-        if re.search(r"^def study\(", path.read_text(encoding="utf-8"), re.MULTILINE):
-            found.append(path.relative_to(here).with_suffix("").as_posix())
-    return found
+    found = [
+        path.relative_to(here).with_suffix("").as_posix()
+        for path in here.glob("*/*.py")
+        if re.search(r"^def study\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    return sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def _execute(path: Path) -> ModuleType:

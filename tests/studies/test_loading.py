@@ -61,4 +61,4 @@ def test_a_wrong_name_lists_what_there_is(write, tmp_path):
 
 @pytest.mark.parametrize("name", built_in_studies())
 def test_what_comes_with_the_package_can_be_loaded(name):
-    assert load_study(name, "tiny").points()
+    assert load_study(name, "tiny" if name.startswith("paper/") else None).points()
