@@ -1,12 +1,15 @@
 """The paper's experiments as studies: what each of them would run, beside the paper's text and the page about them."""
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from robust_peft.attacks.suite import check_attack_name
+from robust_peft.cli import studying
+from robust_peft.cli.flags import parse
 from robust_peft.presets import get_preset
 from robust_peft.studies import built_in_studies, load_study
 from robust_peft.studies.paper.setups import SCALES
@@ -177,6 +180,15 @@ def test_another_scale_is_refused(name):
         load_study(name, "huge")
     with pytest.raises(ValueError, match="comes in several scales"):
         load_study(name)
+
+
+def test_the_page_s_commands():
+    (block,) = re.findall(r"```\n(.*?)```", PAGE, re.S)
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert [command[:3] for command in commands] == [["robust-peft", "study", name] for name in ("run", "report")]
+    for command, kind in zip(commands, (studying.Run, studying.Reported), strict=True):
+        parsed = parse(kind, command[3:], prog="robust-peft study")
+        assert load_study(parsed.source, parsed.scale).name == "paper-fig6-tiny"
 
 
 def test_the_page_s_python():

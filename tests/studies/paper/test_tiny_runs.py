@@ -1,5 +1,6 @@
 """Tiny studies from end to end: trained, measured, confirmed, tabulated."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,12 @@ def test_two_points(name, tmp_path, same_process):
         (section,) = fig1.extra(study, records, tmp_path)
         cells = [row[2].split()[0] for row in section.blocks[1].rows]
         assert cells == [f"{100 * v.accuracy.accuracy:.2f}" for record in records for v in record.measured]
+        # What Table 1 has in common with it is then trained there too.
+        shutil.copytree(tmp_path / "runs", tmp_path / "table1" / "runs")
+        other = table1.study("tiny")
+        other = replace(other, settings={**other.settings, **TINIEST})
+        statuses = {(r.panel["model"], r.status) for r in collect(other, tmp_path / "table1")}
+        assert statuses == {("ResNet-18, width 4", "trained"), ("ResNet-34, width 4", "waiting")}
 
 
 @pytest.mark.slow  # its fast twin is test_two_points
