@@ -24,7 +24,7 @@ a { color: var(--link); }
 .lead { font-size: 1.1rem; }
 .scroll { overflow-x: auto; margin: .4rem 0 1.4rem; }
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
-caption { text-align: left; padding-bottom: .4rem; }
+.caption { margin: .8rem 0 .2rem; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; }
 td { font-variant-numeric: tabular-nums; min-width: 5rem; max-width: 22rem; }
 td:first-child { min-width: 11rem; }
@@ -77,12 +77,13 @@ def _html(block: Block, folder: Path, prefix: str) -> str:
         return f"<figure>\n{svg}\n<figcaption>{escape(block.caption)}</figcaption>\n</figure>"
     header = "".join(f'<th scope="col">{escape(name)}</th>' for name in block.header)
     rows = "\n".join("<tr>" + "".join(f"<td>{_html_cell(cell)}</td>" for cell in row) + "</tr>" for row in block.rows)
-    # Folded tables say what they are in the line that unfolds them.
-    caption = "" if block.folded else f"<caption>{escape(block.caption)}</caption>\n"
-    table = f"<table>\n{caption}<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+    table = f"<table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
     # With the keyboard, too, what is cut off at the right can be reached.
     boxed = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(block.caption)}">{table}</div>'
-    return f"<details>\n<summary>{escape(block.caption)}</summary>\n{boxed}\n</details>" if block.folded else boxed
+    if block.folded:  # says what it is in the line that unfolds it
+        return f"<details>\n<summary>{escape(block.caption)}</summary>\n{boxed}\n</details>"
+    # Not the table's own caption, which would be as wide as the table and scroll away with it.
+    return f'<p class="caption">{escape(block.caption)}</p>\n{boxed}'
 
 
 def _html_cell(cell: Cell) -> str:

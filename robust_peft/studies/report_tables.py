@@ -76,7 +76,8 @@ def _verdicts(record: Record, panel: Panel) -> tuple[Verdicts, ...]:
 
 def worst_case(panel: Panel) -> str:
     """The attack's name for an axis or a column."""
-    names = panel.attacks[0] if len(panel.attacks) == 1 else f"worst case over {' and '.join(panel.attacks)}"
+    *first, last = panel.attacks
+    names = f"worst case over {', '.join(first)} and {last}" if first else last
     return f"{names}, {panel.threat}" if panel.threat else names
 
 

@@ -22,7 +22,7 @@ from robust_peft.studies.report_answer import interval
 from robust_peft.studies.report_blocks import Block, Figure, Section, Table
 from robust_peft.studies.report_fronts import points_of
 from robust_peft.studies.report_tables import link, methods_table
-from robust_peft.studies.statistics import panel_name, panels_of, threat_of
+from robust_peft.studies.statistics import attacks_of, panel_name, panels_of, threat_of
 from robust_peft.studies.study import Study
 
 
@@ -176,7 +176,7 @@ def accuracy_over_settings(study: Study, records: Sequence[Record], output: Path
         done = [record for record in records if record.measured and held(configs[record.key])]
         if not done:
             continue
-        attacks = " and ".join(dict.fromkeys(v.attack for v in done[0].measured if v.attack != "clean"))
+        attacks = " and ".join(attacks_of(done[0].measured))
         series: dict[str, list[tuple[float, Accuracy]]] = {}
         rows = []
         for record in sorted(done, key=lambda record: value(configs[record.key])):
