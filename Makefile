@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 OFFLINE := HF_HUB_OFFLINE=1 PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser check test-lowest wheel clean
+.PHONY: help demo test test-all test-browser test-ray check test-lowest wheel clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ test-browser: $(VENV)/.installed-browser ## A study's report in headless Chromiu
 	  { echo "Expected Chromium: install it, e.g. apt-get install chromium, or say make test-browser CHROMIUM=PATH" >&2; \
 	    exit 1; }
 	$(OFFLINE) $(BIN)/python -m pytest tests/browser/report_page.py
+
+test-ray: $(VENV)/.installed-ray ## Studies through Ray, on a cluster of this machine alone.
+	$(OFFLINE) $(BIN)/python -m pytest tests/studies/test_engines.py -k ray -rs
 
 check: $(TEST_STAMP) ## Lint, format and types.
 	$(BIN)/ruff check .
@@ -69,8 +72,8 @@ $(VENV)/.installed-demo $(TEST_STAMP): $(VENV)/.installed-%: pyproject.toml | $(
 	@$(PIP) --editable '.[$*]'
 	@touch $@
 
-$(VENV)/.installed-browser: pyproject.toml $(TEST_STAMP)
-	@$(PIP) --editable '.[browser]'
+$(VENV)/.installed-browser $(VENV)/.installed-ray: $(VENV)/.installed-%: pyproject.toml $(TEST_STAMP)
+	@$(PIP) --editable '.[$*]'
 	@touch $@
 
 # Made anew each time: two releases of torch leave parts of each other's CUDA libraries behind when they are exchanged.

@@ -9,7 +9,7 @@ from robust_peft.studies.small.setup import SEARCH, SETTINGS
 from robust_peft.studies.study import Measurement, Settings, Study
 
 DATA: dict[str, Settings] = {
-    "MNIST digits": {"data.name": "digits", "threat.eps": "0.2"},
+    "MNIST digits": {"data.name": "digits", "threat.eps": "0.15"},
     "Fashion-MNIST": {"data.name": "fashion_mnist", "threat.eps": "0.1"},
 }
 
