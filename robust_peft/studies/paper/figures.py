@@ -176,7 +176,8 @@ def accuracy_over_settings(study: Study, records: Sequence[Record], output: Path
         done = [record for record in records if record.measured and held(configs[record.key])]
         if not done:
             continue
-        attacks = " and ".join(attacks_of(done[0].measured))
+        names = attacks_of(done[0].measured)
+        attacks = f"worst case over {' and '.join(names)}" if len(names) > 1 else names[0]
         series: dict[str, list[tuple[float, Accuracy]]] = {}
         rows = []
         for record in sorted(done, key=lambda record: value(configs[record.key])):
@@ -192,10 +193,8 @@ def accuracy_over_settings(study: Study, records: Sequence[Record], output: Path
         path = f"figures/over-{what.replace(' ', '-')}.svg"
         threat = threat_of(done[0].measured)
         series = {name: series[name] for name in sorted(series, key=lambda name: name.endswith("adversarial"))}
-        plot_accuracies(series, output / path, x_label=what, title=f"adversarial: worst case over {attacks}, {threat}")
-        caption = (
-            f"Accuracies over the {what}; adversarial: worst case over {attacks}, {threat}. 95 % Wilson intervals."
-        )
+        plot_accuracies(series, output / path, x_label=what, title=f"adversarial: {attacks}, {threat}")
+        caption = f"Accuracies over the {what}; adversarial: {attacks}, {threat}. 95 % Wilson intervals."
         blocks.append(Figure(path, f"Standard and adversarial accuracy over the {what}.", caption))
         header = ("method", what, "measured", "accuracy, %", "run by seed")
         blocks.append(Table(caption, header, tuple(rows), folded=True))
