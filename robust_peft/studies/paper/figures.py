@@ -177,7 +177,7 @@ def accuracy_over_settings(study: Study, records: Sequence[Record], output: Path
         if not done:
             continue
         names = attacks_of(done[0].measured)
-        attacks = f"worst case over {' and '.join(names)}" if len(names) > 1 else names[0]
+        attacks = f"{'worst case over ' if len(names) > 1 else ''}{' and '.join(names)}"
         series: dict[str, list[tuple[float, Accuracy]]] = {}
         rows = []
         for record in sorted(done, key=lambda record: value(configs[record.key])):
