@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robust_peft.config import METHOD_PARAMETERS, RunConfig, to_dict
+from robust_peft.config import METHOD_PARAMETERS, RunConfig, SurgeryConfig, to_dict
 from robust_peft.pixel_units import NORMS, as_number, eps_problem
 from robust_peft.presets import get_preset
 
@@ -163,6 +163,7 @@ class Study:
         seeds: Seeds of each method; ``panel_seeds`` says which panels have others (label of an axis -> seeds).
         measure: How every point is measured; on held-out images, so that choosing among points costs no test image.
         confirm: How each family's non-dominated points are measured in the end, or None.
+        confirm_seeds: Only the first so many seeds of each chosen method get the final measurement; None: all.
         question: What the study asks, for the report's first paragraph.
         extra: Further sections of the report, made from the study, its records and the report's folder, into which it
             may write figures.
@@ -178,6 +179,7 @@ class Study:
     panel_seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
     measure: Measurement = Measurement(("clean", "apgd-ce", "t-apgd-dlr"), split="validation", limit=200)
     confirm: Measurement | None = Measurement(("clean", "autoattack"), audit=True)
+    confirm_seeds: int | None = None
     question: str = ""
     extra: Callable[[Study, Sequence[Record], Path], list[Section]] | None = None
 
@@ -194,6 +196,10 @@ class Study:
         unknown = sorted(set(self.panel_seeds) - labels)
         if unknown:
             raise ValueError(f"panel_seeds should name labels of the axes. Found {', '.join(unknown)}.")
+        if self.confirm_seeds is not None and self.confirm_seeds < 1:
+            raise ValueError(
+                f"confirm_seeds should be at least 1 or None. Found confirm_seeds = {self.confirm_seeds!r}."
+            )
         self.points()  # says now what is wrong with any of the runs
 
     def points(self) -> list[Point]:
@@ -206,7 +212,7 @@ class Study:
         base = apply_settings(base, self.settings)
         found = []
         for panel, settings in self.panels():
-            seeds = next((self.panel_seeds[label] for label in panel.values() if label in self.panel_seeds), self.seeds)
+            seeds = self.seeds_of(panel)
             for seed, method in itertools.product(seeds, self.methods):
                 try:
                     config = apply_settings(base, {**settings, **method.settings, "seed": seed})
@@ -217,6 +223,32 @@ class Study:
                 config = apply_settings(config, {"evaluation.attacks": ()})
                 found.append((seeds.index(seed), Point(panel, method, seed, config)))
         return [point for _, point in sorted(found, key=lambda item: item[0])]
+
+    def seeds_of(self, panel: Mapping[str, str]) -> Sequence[int]:
+        """The seeds of a panel's methods.
+
+        Args:
+            panel: One label for each axis.
+        """
+        return next((self.panel_seeds[label] for label in panel.values() if label in self.panel_seeds), self.seeds)
+
+    def repeated(self) -> dict[tuple[str, str], str]:
+        """Which methods are another one's training under a second name: CA-AT with gamma 1 is Vanilla(0).
+
+        Returns:
+            (panel's name, method's name) -> name of the method that it repeats. Of those that train alike the one
+            called vanilla repeats none, else the first.
+        """
+        groups: dict[tuple[str, str], dict[str, RunConfig]] = {}
+        for point in self.points():
+            trained = to_dict(_plain_form(dataclasses.replace(point.config, seed=0)))
+            key = (point.panel_name, json.dumps(trained, sort_keys=True))
+            groups.setdefault(key, {}).setdefault(point.method.name, point.config)
+        found = {}
+        for (panel, _), methods in groups.items():
+            kept = min(methods, key=lambda name: methods[name].surgery.name != "vanilla")
+            found |= {(panel, name): kept for name in methods if name != kept}
+        return found
 
     def panels(self) -> list[tuple[dict[str, str], dict[str, Any]]]:
         """Each combination of the axes' labels with its settings; one without axes."""
@@ -255,6 +287,16 @@ def apply_settings(config: RunConfig, settings: Settings) -> RunConfig:
             changed[part] = {parameter: None for parameter in table[getattr(current, key)]} | changed[part]
     parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in changed.items()}
     return dataclasses.replace(config, **parts, **plain)
+
+
+def _plain_form(config: RunConfig) -> RunConfig:
+    """CA-AT with gamma 1 as what it is: the standard gradient alone, Vanilla(0)."""
+    surgery = config.surgery
+    limit = surgery.name == "ca-at" and surgery.gamma == 1 and surgery.rescale != "vanilla"
+    if limit or (surgery.name == "vanilla" and surgery.lam == 0):
+        alone = SurgeryConfig(name="vanilla", lam=0.0)
+        return dataclasses.replace(config, surgery=alone, measure_conflict=True)
+    return config
 
 
 def _slug(text: str) -> str:

@@ -90,7 +90,8 @@ def _look_again(study: Study, finding: Finding, names: set[str] | None) -> Findi
     """With the final measurement, as far as the point was chosen for it."""
     if names is None or finding.measured is None or study.confirm is None:
         return replace(finding, chosen=None if names is None else False)
-    if finding.point.method.name not in names:
+    seeds = study.seeds_of(finding.point.panel)[: study.confirm_seeds]
+    if finding.point.method.name not in names or finding.point.seed not in seeds:
         return replace(finding, chosen=False)
     files = finding.files
     confirmed = files.report(CONFIRMED, study.confirm)

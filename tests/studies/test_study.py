@@ -1,5 +1,7 @@
 """What a study is: its points, their settings, and what is wrong with it before anything runs."""
 
+from dataclasses import replace
+
 import pytest
 
 from robust_peft.config import RunConfig, SurgeryConfig, to_dict
@@ -50,6 +52,18 @@ def test_a_point_keeps_its_folder_when_runs_get_another_setting(monkeypatch):
     assert Study(name="s", methods=METHODS).points()[0].folder == before
 
 
+def test_methods_that_train_alike_are_known():
+    vanilla = grid("vanilla", "surgery.lam", (0.0, 0.5), {"surgery.name": "vanilla"})
+    cones = grid("CA-AT", "surgery.gamma", (0.8, 1.0), {"surgery.name": "ca-at"})
+    rescaled = [replace(m, family="long", settings={**m.settings, "surgery.rescale": "vanilla"}) for m in cones]
+    again = Method("again", settings={"surgery.name": "ca-at", "surgery.gamma": 0.8})
+    axes = {"rate": {"low": {"optim.lr": 0.1}, "high": {"optim.lr": 1.0}}}
+    study = Study(name="s", methods=(*cones, *rescaled, again, *vanilla), axes=axes, seeds=(0, 1))
+    of_panel = {"CA-AT (gamma 1.0)": "vanilla (lam 0.0)", "again": "CA-AT (gamma 0.8)"}
+    assert study.repeated() == {(panel, name): kept for panel in axes["rate"] for name, kept in of_panel.items()}
+    assert Study(name="s", methods=(*cones, *vanilla[1:])).repeated() == {}
+
+
 def test_further_sections_are_no_part_of_a_point():
     plain, more = Study(name="s", methods=METHODS), Study(name="s", methods=METHODS, extra=lambda *given: [])
     assert [point.folder for point in plain.points()] == [point.folder for point in more.points()]
@@ -85,6 +99,7 @@ def test_another_method_drops_the_parameters_of_the_old_one():
         ({"settings": {"optim": 1}}, "Found 'optim'"),
         ({"methods": [Method("A", settings={"surgery.gamma": 2.0})]}, r"s: all, A, seed 0: .*gamma should be in"),
         ({"base": "quickest"}, "preset should be one of"),
+        ({"confirm_seeds": 0}, "confirm_seeds should be at least 1 or None. Found confirm_seeds = 0"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(arguments, message):
