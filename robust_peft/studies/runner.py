@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from robust_peft.files import read_json, write_json
 from robust_peft.studies.engines import Engine
 from robust_peft.studies.local_engine import LocalEngine
-from robust_peft.studies.store import CONFIRMED, MEASURED
-from robust_peft.studies.study import Study
+from robust_peft.studies.study import Point, Study
 from robust_peft.studies.survey import Finding, accuracies, survey
 from robust_peft.studies.task import BUSY, DONE, FAILED, STOPPED, Task
 
@@ -74,12 +74,10 @@ def run_point(study: Study, output: str | Path, key: str, *, time_limit: float |
         raise ValueError(f"{study.name} has no point {key}; robust-peft study commands lists them.")
     output = Path(output)
     on_main_or_raise(lambda: claim_folder(study, output))
-    outcomes = []
-    for point in points:  # panels may share a run
-        outcome = perform(Task(output, point, study.measure, time_limit=time_limit))
-        outcomes.append(outcome)
+    tasks = [Task(output, point, study.measure, time_limit=time_limit) for point in points]  # panels may share a run
+    outcomes = [perform(task) for task in tasks]
     findings = [finding for finding in survey(study, output) if finding.point.key == key]
-    said = [_described(outcome, finding) for outcome, finding in zip(outcomes, findings, strict=True)]
+    said = [_described(*of_point) for of_point in zip(tasks, outcomes, findings, strict=True)]
     return "\n".join(said), int(FAILED in outcomes)
 
 
@@ -139,39 +137,38 @@ class _Runner:
     def _note_crash(self, task: Task, said: str) -> None:
         """A process that ended without a word has failed its point, or the next start would run into the same."""
         time.sleep(0.5)  # whoever ends all processes of a session at once ends this one too
-        started = [event["stage"] for event in task.files.events() if event["event"] == "started"]
-        stage = started[-1] if started else "train"
-        plan = {MEASURED: task.measure, CONFIRMED: task.confirm}.get(stage)
-        with task.files.claimed(patience=0.5) as held:
+        with task.files.claimed() as held:
             if held:
                 details = f"{said} What it printed is in {task.files.notes / 'output.txt'}.\n"
-                task.files.write_failure(stage, plan, said, details)
+                task.files.write_failure(*task.stage, said, details)
 
     def _tell(self, task: Task, outcome: str, findings: list[Finding]) -> None:
         if outcome != BUSY:
             (finding,) = [f for f in findings if f.point.folder == task.point.folder]
             done = sum(f.status in ("done", "failed") for f in findings)
-            self.say(f"[{done}/{len(findings)}] {_described(outcome, finding)}")
+            self.say(f"[{done}/{len(findings)}] {_described(task, outcome, finding)}")
 
 
-def _described(outcome: str, finding: Finding) -> str:
-    """One line about a task's end."""
+def _described(task: Task, outcome: str, finding: Finding) -> str:
+    """One line about a task's end; what is known by now may be another process's doing."""
     name = finding.point.name
     if outcome == BUSY:
         return f"{name}: another process is at it."
-    if finding.error is not None:
-        return f"{name}: FAILED. {finding.error}"
     if outcome == STOPPED:
         return f"{name}: stopped by the time limit; the same command goes on."
-    if finding.confirmed is not None:
-        return f"{name}: confirmed, {describe(finding, CONFIRMED)}"
-    return f"{name}: {describe(finding, MEASURED)}"
+    if outcome == FAILED:
+        again = ", and is being tried again." if finding.error is None else f". {finding.error}"
+        return f"{name}: FAILED{again}"
+    if outcome != DONE:
+        return f"{name}: FAILED. {outcome}"
+    report = finding.measured if task.confirm is None else finding.confirmed
+    if report is None:
+        return f"{name}: done, and is being worked on again."
+    return f"{name}: {'' if task.confirm is None else 'confirmed, '}{describe(finding.point, report)}"
 
 
-def describe(finding: Finding, stage: str) -> str:
-    """Both accuracies of a stage in words."""
-    report = finding.measured if stage == MEASURED else finding.confirmed
-    assert report is not None
-    standard, adversarial = accuracies(finding.point, report)
+def describe(point: Point, report: dict[str, Any]) -> str:
+    """Both accuracies of a point's report in words."""
+    standard, adversarial = accuracies(point, report)
     threat = report["results"][1]["threat"]
     return f"{100 * standard:.1f} % standard, {100 * adversarial:.1f} % adversarial ({threat})"

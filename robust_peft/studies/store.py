@@ -8,6 +8,7 @@ measurement's verdicts by batch (``measured/``) and its report (``measured.json`
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -23,6 +24,11 @@ from filelock import FileLock, Timeout
 
 from robust_peft.files import read_json, write_json, write_text
 from robust_peft.studies.study import Measurement, Point
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MEASURED, CONFIRMED = "measured", "confirmed"
 
@@ -103,10 +109,11 @@ class PointFolder:
             (self.notes / name).unlink(missing_ok=True)
 
     @contextmanager
-    def claimed(self, patience: float = 0.0) -> Iterator[bool]:
+    def claimed(self, patience: float = 0.5) -> Iterator[bool]:
         """Hold the point for this process; gives False where another one does, after so many seconds.
 
-        The system lets go of it when the process ends, however it ends.
+        The system lets go of it when the process ends, however it ends. Patience, because whoever looks (`busy`) keeps
+        others from it for a moment.
         """
         self.notes.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._lock)
@@ -122,11 +129,28 @@ class PointFolder:
 
     @property
     def busy(self) -> bool:
-        """Whether a living process holds the point."""
+        """Whether a living process holds the point. Any number may look at once."""
         if not self._lock.is_file():
             return False
-        with self.claimed() as free:
+        with self.looked_at() as free:
             return not free
+
+    @contextmanager
+    def looked_at(self) -> Iterator[bool]:
+        """Share the point with all who only look; gives False where a process holds it for itself."""
+        if fcntl is None:  # where locks cannot be shared, looking is holding
+            with self.claimed() as free:
+                yield free
+            return
+        with self._lock.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                yield False
+                return
+            yield True
 
     @property
     def _lock(self) -> Path:

@@ -78,11 +78,11 @@ def _look(study: Study, point: Point, files: PointFolder) -> Finding:
     measured = files.report(MEASURED, study.measure)
     if measured is not None:
         return Finding(point, files, "done", measured=measured)
+    error = files.failure("train", None) or files.failure(MEASURED, study.measure)
+    if error is not None:  # also of a process that is just about to end; one that tries again forgets it first
+        return Finding(point, files, "failed", error)
     if files.busy:
         return Finding(point, files, "running")
-    error = files.failure("train", None) or files.failure(MEASURED, study.measure)
-    if error is not None:
-        return Finding(point, files, "failed", error)
     return Finding(point, files, "trained" if files.trained else "waiting")
 
 
@@ -98,10 +98,9 @@ def _look_again(study: Study, finding: Finding, names: set[str] | None) -> Findi
     audit = files.read_audit(study.confirm) if study.confirm.audit else {}
     if confirmed is not None and audit is not None:
         return replace(finding, chosen=True, confirmed=confirmed, audit=audit)
-    error, busy = files.failure(CONFIRMED, study.confirm), files.busy
-    return replace(
-        finding, chosen=True, confirmed=confirmed, audit=audit, confirming=busy, error=None if busy else error
-    )
+    error = files.failure(CONFIRMED, study.confirm)
+    confirming = error is None and files.busy
+    return replace(finding, chosen=True, confirmed=confirmed, audit=audit, confirming=confirming, error=error)
 
 
 def _front(members: list[Finding]) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from robust_peft.studies.store import PointFolder
+from robust_peft.studies.store import CONFIRMED, MEASURED, PointFolder
 from robust_peft.studies.study import Measurement, Point
 
 DONE, FAILED, STOPPED, BUSY = "done", "failed", "stopped", "busy"
@@ -32,3 +32,10 @@ class Task:
     @property
     def files(self) -> PointFolder:
         return PointFolder(self.output, self.point)
+
+    @property
+    def stage(self) -> tuple[str, Measurement | None]:
+        """What is under way or comes next, "train", `MEASURED` or `CONFIRMED`, with how it is measured."""
+        if self.confirm is not None:
+            return CONFIRMED, self.confirm
+        return (MEASURED, self.measure) if self.files.trained else ("train", None)

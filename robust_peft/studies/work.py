@@ -34,10 +34,11 @@ def perform(task: Task) -> str:
     """
     files, main = task.files, process_state().is_main_process
     with ExitStack() as stack:
-        # Patience, because whoever looks whether a point is held holds it for a moment.
-        held = stack.enter_context(files.claimed(patience=0.5)) if main else False
+        held = stack.enter_context(files.claimed()) if main else False
         if not gather([held])[0]:
             return BUSY
+        if main:
+            files.forget_failure()  # an earlier try's
         work = _Work(task)
         try:
             finished = work.confirm() if task.confirm is not None else work.train_and_measure()
@@ -53,8 +54,7 @@ class _Work:
 
     def __init__(self, task: Task) -> None:
         self.task, self.files, self.config = task, task.files, task.point.config
-        self.stage = "train"
-        self.measurement: Measurement | None = None
+        self.stage, self.measurement = task.stage
         self.main = process_state().is_main_process
         self.deadline = None if task.time_limit is None else time.monotonic() + task.time_limit
 
@@ -88,8 +88,6 @@ class _Work:
         if self.main:
             seconds = round(time.monotonic() - began, 3)
             self.files.log(stage=stage, event="finished" if finished else "stopped", seconds=seconds)
-            if finished:
-                self.files.forget_failure()
         return finished
 
     def _train(self) -> bool:

@@ -1,6 +1,7 @@
 """What a study runs and what it leaves alone; everything in this process, the processes have tests of their own."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -190,3 +191,108 @@ def test_an_unfinished_start_is_no_obstacle(make_study, same_process, tmp_path):
     (run / ".config.json.abc.tmp").write_text("{")
     run_study(study, output, engine=same_process(), say=lambda line: None)
     assert collect(study, output)[0].status == "done"
+
+
+class Dying:
+    """Every process ends without a word, and before it notes that it started."""
+
+    def __init__(self):
+        self.tasks, self.waiting = [], []
+
+    @property
+    def free(self):
+        return not self.waiting
+
+    def submit(self, task):
+        self.tasks.append(task)
+        assert len(self.tasks) < 20
+        self.waiting.append((task, "The process was ended by signal 9."))
+
+    def ended(self, timeout):
+        found, self.waiting = self.waiting, []
+        return found
+
+    def close(self):
+        pass
+
+
+def test_a_process_that_dies_before_its_first_word_is_not_started_again(make_study, same_process, tmp_path):
+    """What was under way is the task's to say: the log's last start is an earlier stage's."""
+    study, output = make_study(methods=(Method("CA-AT"),)), tmp_path / "out"
+    files = PointFolder(output, study.points()[0])
+
+    def dies(study, count, stage):
+        run_study(study, output, engine=(engine := Dying()), say=lambda line: None)
+        assert len(engine.tasks) == count
+        assert json.loads((files.notes / "error.json").read_text())["stage"] == stage
+        files.forget_failure()
+
+    dies(study, 1, "train")
+    run_study(replace(study, confirm=None), output, engine=same_process(), say=lambda line: None)
+    dies(study, 1, "confirmed")
+    run_study(study, output, engine=same_process(), say=lambda line: None)
+    dies(replace(study, measure=Measurement(("clean", "fgsm"), limit=4)), 1, "measured")
+    assert set(started(output).values()) == {1}
+
+
+def test_whoever_looks_does_not_look_like_somebody_at_work(make_study, tmp_path):
+    study = make_study()
+    files = PointFolder(tmp_path / "out", study.points()[0])
+    assert not files.busy
+    with files.claimed():
+        assert files.busy
+    with files.looked_at():
+        assert not files.busy and [record.status for record in collect(study, tmp_path / "out")] == ["waiting"] * 3
+        with files.claimed(patience=0.1) as held:
+            assert not held
+    with files.claimed() as held:
+        assert held
+
+
+class Interfered:
+    """Each task ends in a word of `perform`, and then somebody else has the point."""
+
+    def __init__(self, outcome, before):
+        self.outcome, self.before, self.claim, self.free = outcome, before, None, True
+
+    def submit(self, task):
+        self.before(task.files)
+        self.claim, self.free = (task, task.files.claimed()), False
+        assert self.claim[1].__enter__()
+
+    def ended(self, timeout):
+        if self.claim is None:
+            raise KeyboardInterrupt  # it would wait for the other process
+        (task, held), self.claim = self.claim, None
+        self.held = held
+        return [(task, self.outcome)]
+
+    def close(self):
+        self.held.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "before", "said"),
+    [
+        ("failed", lambda files: files.write_failure("train", None, "E: x", ""), "all, CA-AT, seed 0: FAILED. E: x"),
+        ("failed", lambda files: None, "all, CA-AT, seed 0: FAILED, and is being tried again."),
+        ("done", lambda files: None, "all, CA-AT, seed 0: done, and is being worked on again."),
+        ("A signal.", lambda files: None, "all, CA-AT, seed 0: FAILED. A signal."),
+    ],
+)
+def test_somebody_else_at_a_point_ends_no_run(make_study, tmp_path, outcome, before, said):
+    study, lines = make_study(methods=(Method("CA-AT"),), confirm=None), []
+    with suppress(KeyboardInterrupt):
+        run_study(study, tmp_path / "out", engine=Interfered(outcome, before), say=lines.append)
+    assert [line.partition("] ")[2] for line in lines] == [said]
+
+
+def test_an_error_is_seen_while_somebody_holds_the_point_and_gone_once_it_is_tried_again(make_study, tmp_path):
+    study, output = make_study(methods=(Method("CA-AT"),), confirm=None), tmp_path / "out"
+    files = PointFolder(output, study.points()[0])
+    files.notes.mkdir(parents=True)
+    files.write_failure("train", None, "E: x", "")
+    with files.claimed():
+        assert [record.status for record in collect(study, output)] == ["failed"]
+    _, status = run_point(study, output, study.points()[0].key, time_limit=-1)
+    assert status == 0 and [record.status for record in collect(study, output)] == ["waiting"]
