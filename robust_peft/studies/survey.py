@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -67,10 +68,11 @@ def survey(study: Study, output: str | Path) -> list[Finding]:
     if study.confirm is None:
         return [replace(finding, chosen=False) for finding in found]
     chosen: dict[str, set[str] | None] = {}
+    repeated = study.repeated()
     for panel in {finding.point.panel_name for finding in found}:
         members = [finding for finding in found if finding.point.panel_name == panel]
         through = all(finding.status in ("done", "failed") for finding in members)
-        chosen[panel] = _front(members) if through else None
+        chosen[panel] = _front(members, repeated) if through else None
     return [_look_again(study, finding, chosen[finding.point.panel_name]) for finding in found]
 
 
@@ -103,25 +105,59 @@ def _look_again(study: Study, finding: Finding, names: set[str] | None) -> Findi
     return replace(finding, chosen=True, confirmed=confirmed, audit=audit, confirming=confirming, error=error)
 
 
-def _front(members: list[Finding]) -> set[str]:
-    """Names of the methods that no other of their family beats, both accuracies as means over the measured seeds."""
-    families: dict[str, dict[str, list[tuple[float, float]]]] = {}
+def _front(members: list[Finding], repeated: Mapping[tuple[str, str], str]) -> set[str]:
+    """Names of a panel's methods that no other of their family beats, both accuracies as means over shared seeds."""
+    points: dict[str, dict[int, tuple[float, float]]] = {}
     for finding in members:
         if finding.measured is not None:
-            methods = families.setdefault(finding.point.method.family, {})
-            methods.setdefault(finding.point.method.name, []).append(accuracies(finding.point, finding.measured))
-    names = set()
-    for methods in families.values():
-        means = [(fmean(x for x, _ in pairs), fmean(y for _, y in pairs)) for pairs in methods.values()]
-        names |= {list(methods)[index] for index in non_dominated(means)}
-    return names
+            of_method = points.setdefault(finding.point.method.name, {})
+            of_method[finding.point.seed] = accuracies(finding.point, finding.measured)
+    replaced, shared = counted(repeated, members[0].point.panel_name, points)
+    families: dict[str, dict[str, tuple[float, float]]] = {}
+    for method in {finding.point.method.name: finding.point.method for finding in members}.values():
+        if method.name in points and method.name not in replaced:
+            pairs = [points[method.name][seed] for seed in shared or points[method.name]]
+            mean = fmean(x for x, _ in pairs), fmean(y for _, y in pairs)
+            families.setdefault(method.family, {})[method.name] = mean
+    return {list(means)[index] for means in families.values() for index in non_dominated(list(means.values()))}
+
+
+def counted(
+    repeated: Mapping[tuple[str, str], str], panel: str, measured: Mapping[str, Collection[int]]
+) -> tuple[dict[str, str], tuple[int, ...]]:
+    """Which of a panel's methods count, each training once, and on which seeds they are compared.
+
+    Of the methods that train alike the one with the most measured seeds counts, of equals the one that the others
+    repeat: so one whose twin failed or was never run stands in for it.
+
+    Args:
+        repeated: `Study.repeated` of the study.
+        panel: The panel's name.
+        measured: Each method's name -> the seeds that it was measured with; methods without any may be absent.
+
+    Returns:
+        Each method that does not count -> the one that counts in its place; and the seeds that all measured methods
+        that count have, ascending, empty where there is none.
+    """
+    groups: dict[str, list[str]] = {}
+    for (where, name), kept in repeated.items():
+        if where == panel:
+            groups.setdefault(kept, [kept]).append(name)
+    replaced = {}
+    for names in groups.values():
+        first = max(names, key=lambda name: len(measured.get(name, ())))
+        replaced |= {name: first for name in names if name != first}
+    seeds = [set(of_method) for name, of_method in measured.items() if of_method and name not in replaced]
+    return replaced, tuple(sorted(set.intersection(*seeds))) if seeds else ()
 
 
 def accuracies(point: Point, report: dict[str, Any]) -> tuple[float, float]:
-    """Standard accuracy, and adversarial accuracy in the worst case over all attacks under the run's own budget."""
+    """Standard accuracy, and adversarial accuracy: right without an attack and under each with the run's own budget."""
     rows = report["results"]
     (clean,) = [row["verdicts"] for row in rows if "norm" not in row]
     own = (point.config.threat.norm, as_number(point.config.threat.eps))
     attacked = [row["verdicts"] for row in rows if "norm" in row and (row["norm"], row["eps"]) == own]
-    withstood = sum(all(verdict == WITHSTOOD for verdict in of_sample) for of_sample in zip(*attacked, strict=True))
+    withstood = sum(
+        all(verdict == WITHSTOOD for verdict in of_sample) for of_sample in zip(clean, *attacked, strict=True)
+    )
     return clean.count(WITHSTOOD) / len(clean), withstood / len(clean)
