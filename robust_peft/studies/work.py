@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 from robust_peft.attacks.suite import check_attack_name, parse_attack_name
 from robust_peft.data.decoding import BrokenPicture
 from robust_peft.evaluation import Report, audit, evaluate
+from robust_peft.evaluation.evaluator import VERSIONED
+from robust_peft.evaluation.store import VerdictStore
 from robust_peft.files import read_json, write_json
 from robust_peft.processes import gather, process_state
 from robust_peft.runs import load_run, make_threat, run, run_images
+from robust_peft.runs.folder import PACKAGES
 from robust_peft.studies.memory import PeakMemory
 from robust_peft.studies.store import CONFIRMED, MEASURED
 from robust_peft.studies.study import Measurement
@@ -133,12 +137,14 @@ class _Work:
             if not found.finished:
                 return False
             reports.append(found)
+        content = _content_of(kept, len(reports[0].results[0].verdicts))
         report = reports[0]
         report.results += [row for other in reports[1:] for row in other.results if row.threat is not None]
         if self.main:
             values = report.to_dict()
             for row, result in zip(values["results"], report.results, strict=True):
                 row["threat"] = "" if result.threat is None else str(result.threat)
+            values |= {"images_sha256": content, "versions": _versions((*PACKAGES, *VERSIONED))}
             self.files.write_report(stage, measurement, values)
         return True
 
@@ -219,11 +225,21 @@ def _remove_outdated(folder: Path, title: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     begun = read_json(path)
-    versions = {}
-    for package in begun["versions"]:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    if begun["data"] != title or begun["versions"] != versions:
+    if begun["data"] != title or begun["versions"] != _versions(begun["versions"]):
         shutil.rmtree(folder)
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Those of the packages that are installed, with their versions."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _content_of(verdicts: Path, total: int) -> str:
+    """SHA-256 over the first samples' content, images and labels in their order, as an evaluation's folder has it."""
+    store = VerdictStore(verdicts, read_json(verdicts / "settings.json"))
+    store.close()
+    return hashlib.sha256("\n".join(store.hashes[index] for index in range(total)).encode()).hexdigest()

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 
@@ -18,6 +19,7 @@ from robust_peft.studies.work import attacks_by_norm
 
 MEASURED_ATTACKS = ["clean", "fgsm", "pgd-2"]  # conftest's
 
+STAGES = ("measured", "confirmed")
 LUCK = "net.py:broken failed: RuntimeError: out of luck."
 
 
@@ -129,6 +131,32 @@ def test_another_norm_is_measured_with_the_attacks_that_it_has(make_study, same_
         *((attack, "L2 0.5") for attack in ("fgsm", "ddn-1")),
     ]
     assert record.confirmed and {verdicts.accuracy.total for verdicts in record.measured} == {6}
+
+
+def test_a_report_says_by_which_versions_and_on_which_images_it_was_measured(make_study, same_process, tmp_path):
+    measure = Measurement(("clean", "fgsm"), split="validation", limit=6, eps=("l2 0.5",))
+    confirm = Measurement(("clean", "fgsm"), split="test", limit=6)
+    methods = (Method("A"), Method("B", settings={"data.validation_share": 0.2}))
+    study, output = make_study(methods=methods, measure=measure, confirm=confirm, seeds=(0, 1)), tmp_path / "out"
+    run_study(study, output, engine=same_process(), say=lambda line: None)
+    paths = {name: [PointFolder(output, p).notes / f"{name}.json" for p in study.points()] for name in STAGES}
+    content = {name: [json.loads(path.read_text())["images_sha256"] for path in paths[name]] for name in STAGES}
+    (first, second, *again), of_test = content["measured"], set(content["confirmed"])
+    assert again == [first, second] and len({first, second, *of_test}) == 3 and len(of_test) == 1
+    for path in (*paths["measured"], *paths["confirmed"]):
+        versions = json.loads(path.read_text())["versions"]
+        assert all(versions[name] == metadata.version(name) for name in ("robust_peft", "torch", "timm", "peft"))
+
+    before = collect(study, output)
+    for path in (*paths["measured"], *paths["confirmed"]):  # as of a version that did not write these down
+        report = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in report.items() if k not in ("versions", "images_sha256")}))
+    for record, then in zip(collect(study, output), before, strict=True):
+        assert record.measured == then.measured and record.confirmed == then.confirmed and record.confirmed
+
+    fewer = replace(study, measure=replace(measure, limit=5), methods=methods[:1], seeds=(0,), confirm=None)
+    run_study(fewer, output, engine=same_process(), say=lambda line: None)
+    assert json.loads(paths["measured"][0].read_text())["images_sha256"] != first
 
 
 @pytest.mark.parametrize(
