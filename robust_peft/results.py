@@ -150,12 +150,12 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     _check_numbers("values", values)
     if len(values) < 2:
         return None
-    margin = _t_quantile(len(values) - 1, confidence) * stdev(values) / math.sqrt(len(values))
+    margin = t_quantile(len(values) - 1, confidence) * stdev(values) / math.sqrt(len(values))
     return fmean(values) - margin, fmean(values) + margin
 
 
-def _t_quantile(degrees: int, confidence: float) -> float:
-    """The t with P(|T| <= t) = confidence for Student's T with that many degrees of freedom."""
+def t_quantile(degrees: int, confidence: float) -> float:
+    """The t with P(|T| <= t) = confidence for Student's T with that many degrees of freedom, at least 1."""
 
     def probability(angle: float) -> float:
         # Abramowitz and Stegun 1964, 26.7.3 and 26.7.4: a finite sum in the angle atan(t / sqrt(degrees)).

@@ -88,7 +88,8 @@ def _draw_family(axes: Any, members: Sequence[SeedPoint], place: int) -> None:
         )  # fmt: skip
         if len(point.of_seeds) >= FEWEST_FOR_INTERVAL:
             spans = [mean_interval([100 * pair[axis] for pair in point.of_seeds]) for axis in (0, 1)]
-            widths = [[[span[1] - (x, y)[axis]]] * 2 for axis, span in enumerate(spans) if span is not None]
+            # Never below zero, where all seeds are equal and the two sums differ by rounding.
+            widths = [[[max(0.0, span[1] - (x, y)[axis])]] * 2 for axis, span in enumerate(spans) if span is not None]
             axes.errorbar([x], [y], xerr=widths[0], yerr=widths[1], fmt="none", color=colour, elinewidth=0.8, alpha=0.7)
         axes.plot(
             [x], [y], marker=marker, linestyle="", markersize=8, color=colour, zorder=3,

@@ -27,6 +27,7 @@ def collect(study: Study, output: str | Path) -> list[Record]:
 
 def _record(finding: Finding) -> Record:
     point, audit = finding.point, finding.audit or {}
+    reports = {"measured": finding.measured or {}, "confirmed": finding.confirmed or {}}
     return Record(
         key=point.key,
         panel=dict(point.panel),
@@ -40,8 +41,20 @@ def _record(finding: Finding) -> Record:
         confirmed=_verdicts(finding.confirmed),
         audit=_audit_status(audit),
         audit_failures=tuple(check["name"] for check in audit.get("checks", ()) if check["status"] == "failed"),
+        confirmation=_confirmation(finding),
+        versions={stage: found["versions"] for stage, found in reports.items() if found.get("versions")},
+        images={stage: found["images_sha256"] for stage, found in reports.items() if found.get("images_sha256")},
         training=training_of(finding.files),
     )
+
+
+def _confirmation(finding: Finding) -> str | None:
+    """How far the final measurement is (`robust_peft.studies.records.Record.confirmation`)."""
+    if not finding.chosen:
+        return None
+    if finding.confirmed is not None and finding.audit is not None:
+        return "done"
+    return "running" if finding.confirming else "failed" if finding.error else "waiting"
 
 
 def _verdicts(report: dict[str, Any] | None) -> tuple[Verdicts, ...]:

@@ -45,6 +45,10 @@ class Record:
         measured: Verdicts of the measurement that every point gets: "clean" first, then each attack; else empty.
         confirmed: Verdicts of the final measurement; empty where the point was not chosen for it.
         audit: "passed", "failed", "warnings", or None where there was no audit; ``audit_failures`` names checks.
+        confirmation: How far the final measurement is: "waiting", "running", "failed", "done"; None where the point was
+            not chosen for it, or the choice is still to be made.
+        versions: Stage ("measured", "confirmed") to the packages' versions that it was measured with, as far as known.
+        images: Stage to a hash of the images' and labels' content, as far as known.
         training: What training took: "seconds", "seconds_per_step", "trainable_parameters", "bytes_on_disk",
             "peak_memory_bytes" as far as known.
     """
@@ -61,6 +65,9 @@ class Record:
     confirmed: tuple[Verdicts, ...] = ()
     audit: str | None = None
     audit_failures: tuple[str, ...] = ()
+    confirmation: str | None = None
+    versions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    images: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, float] = field(default_factory=dict)
 
     @property

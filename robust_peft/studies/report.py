@@ -8,7 +8,14 @@ from pathlib import Path
 
 from robust_peft.files import write_json, write_text
 from robust_peft.plots import plot_seed_fronts
-from robust_peft.studies.comparisons import Comparison, Resamples, compare_fronts, compare_methods, representatives
+from robust_peft.studies.comparisons import (
+    LEVEL,
+    Comparison,
+    Resamples,
+    compare_fronts,
+    compare_methods,
+    representatives,
+)
 from robust_peft.studies.records import Record
 from robust_peft.studies.report_answer import STAGES, answer
 from robust_peft.studies.report_blocks import Block, Figure, Paragraph, Section
@@ -26,7 +33,7 @@ from robust_peft.studies.report_tables import (
     missing_table,
     worst_case,
 )
-from robust_peft.studies.statistics import MethodResult, Panel, panels_of
+from robust_peft.studies.statistics import MethodResult, Panel, Stage, panels_of
 from robust_peft.studies.study import Study
 
 
@@ -47,20 +54,14 @@ def write_report(study: Study, records: Sequence[Record], output: str | Path) ->
         ImportError: Where matplotlib is missing; names the extra that brings it.
     """
     output = Path(output)
-    found = {stage: panels_of(study, records, stage) for stage in STAGES}
+    found: dict[Stage, list[Panel]] = {stage: panels_of(study, records, stage) for stage in STAGES}
     panels = [panel for stage in STAGES for panel in found[stage]]
     fronts, methods = {}, {}
     for panel in panels:
-        resamples = Resamples(panel) if panel.samples and len(panel.fronts) > 1 else None
+        resamples = Resamples(panel) if panel.comparable and len(panel.fronts) > 1 else None
         fronts[panel.name, panel.stage] = compare_fronts(panel, resamples)
-        best = _best_of_the_search(panel, found["measured"])
-        pairs = [(method, best[0]) for method in best[1:]]
-        methods[panel.name, panel.stage] = compare_methods(panel, pairs, resamples)
-
-    whole = [p for p in found["confirmed"] if _complete(p, found["measured"])]
-    deciding = {panel.name: panel for panel in (*found["measured"], *whole)}
-    first = list(deciding.values())
-    sections = [Section("", tuple(answer(study, records, first, {p.name: fronts[p.name, p.stage] for p in first})))]
+        methods[panel.name, panel.stage] = compare_methods(panel, _pairs(panel, found["measured"]), resamples)
+    sections = [Section("", tuple(answer(study, records, found, fronts)))]
     names = list(dict.fromkeys(panel.name for panel in panels))
     for stage in reversed(STAGES):  # what decides comes first
         for panel in found[stage]:
@@ -76,13 +77,6 @@ def write_report(study: Study, records: Sequence[Record], output: str | Path) ->
     write_json(output / "report.json", {**found_out, "environments": made, "commands": commands(records)})
     write_text(output / "report.md", to_markdown(title, sections))
     return write_text(output / "report.html", to_html(title, sections, output))
-
-
-def _complete(confirmed: Panel, searched: Sequence[Panel]) -> bool:
-    """Whether the final measurement has every run of every method that the search found to be non-dominated."""
-    runs = {run.record.key for method in confirmed.methods for run in method.runs}
-    best = [m for panel in searched if panel.name == confirmed.name for front in panel.fronts for m in front.best]
-    return all(run.record.key in runs for method in best for run in method.runs)
 
 
 def _panel_section(
@@ -112,9 +106,9 @@ def _panel_section(
         base = panel.fronts[0].family
         blocks.append(comparisons_table(f"{panel.name}, {stage}: fronts against {base}, in points.", fronts))
     if methods:
-        chosen = "Of each family the point with the largest product of the two accuracies in the search"
-        again = "" if panel.stage == "confirmed" else "; chosen on these very images, which flatters all of them alike"
-        blocks.append(comparisons_table(f"{panel.name}, {stage}: methods, in points. {chosen}{again}.", methods))
+        blocks.append(comparisons_table(f"{panel.name}, {stage}: methods, in points. {_choice(panel)}", methods))
+        if unreachable := _unreachable(methods):
+            blocks.append(Paragraph(unreachable))
     return Section(f"{panel.name}: {stage}", tuple(blocks))
 
 
@@ -122,32 +116,57 @@ def _notes(study: Study, panel: Panel) -> list[str]:
     notes = list(panel.notes)
     for method in panel.repeated:
         notes.append(f"{method.name} is the same training as {method.same_as}, which is counted in its place.")
+    tries = {front.family: front.tries for front in panel.fronts}
+    several = {count for count in tries.values() if count > 1}
+    many = ", ".join(f"{family} {count}" for family, count in tries.items())
     if panel.stage == "confirmed":
         notes.append("Measured are the methods that no other of their family beat in the search; all of them count.")
-        tried = {f: sum(m.family == f for m in study.methods) for f in dict.fromkeys(m.family for m in study.methods)}
-        if len(set(tried.values())) > 1:
-            many = ", ".join(f"{family} {count}" for family, count in tried.items())
+        if len(several) > 1:
             notes.append(
-                f"They were chosen from different numbers of tries ({many}): compare families of different size by the "
-                "search, where the comparison is on equally many points."
+                f"They were chosen from different numbers of settings ({many}), which favours the family with more: "
+                "the search decides, where the comparison is on equally many."
             )
-    elif len({front.size for front in panel.fronts}) > 1:
-        many = ", ".join(f"{front.family} {front.size}" for front in panel.fronts)
+    elif len(several) > 1:
         notes.append(
-            f"Families differ in their number of points ({many}). Two of them are compared by the hypervolume expected "
-            "of as many points as the smaller one has, drawn at random from the larger one's; a family of one point is "
-            "compared as a method."
+            f"Families differ in their number of settings ({many}). Two of them are compared by the hypervolume "
+            "expected of as many points as the smaller one has, drawn at random from the larger one's."
         )
+    if panel.stage == "measured" and any(front.pending for front in panel.fronts):
+        waiting = ", ".join(front.family for front in panel.fronts if front.pending)
+        notes.append(f"Not all settings have been measured yet, so that no front is compared of: {waiting}.")
     return notes
 
 
-def _best_of_the_search(panel: Panel, searched: Sequence[Panel]) -> list[MethodResult]:
-    """Each family's representative as the search sees it, where this measurement has it; else as this one does."""
-    wanted = {m.name for other in searched if other.name == panel.name for m in representatives(other)}
-    found = []
-    for front, own in zip(panel.fronts, representatives(panel), strict=True):
-        found.append(next((method for method in front.methods if method.name in wanted), own))
-    return found
+def _pairs(panel: Panel, searched: Sequence[Panel]) -> list[tuple[MethodResult, MethodResult]]:
+    """Each family's representative beside the first family's.
+
+    A point that was chosen by its figures cannot be tested by the same figures: in the search only families of one
+    setting are compared so, and in the final measurement those that the search chose.
+    """
+    if panel.stage == "measured":
+        chosen = {front.family: front.methods[0] for front in panel.fronts if front.tries == 1}
+    else:
+        wanted = {m.name for other in searched if other.name == panel.name for m in representatives(other)}
+        chosen = {m.family: m for m in panel.methods if m.name in wanted}
+    base = chosen.get(panel.fronts[0].family)
+    return [] if base is None else [(method, base) for method in chosen.values() if method is not base]
+
+
+def _choice(panel: Panel) -> str:
+    if panel.stage == "measured":
+        return "Of each family that has one setting."
+    return "Of each family the point with the largest product of the two accuracies in the search."
+
+
+def _unreachable(methods: Sequence[Comparison]) -> str:
+    """Where the exact test cannot come out at 5 % for all of a table's comparisons, that is said."""
+    exact = [2 / 2 ** len(c.seeds) for c in methods if c.p_seeds is not None]
+    if not exact or len(exact) * max(exact) <= LEVEL:
+        return ""
+    return (
+        f"The exact test over {len(methods[0].seeds)} seeds cannot give less than p = {max(exact):.3f}: it is shown "
+        "without a correction for the number of comparisons, and asked beside the bootstrap, not instead of it."
+    )
 
 
 def _other_sections(study: Study, records: Sequence[Record], panels: Sequence[Panel], output: Path) -> list[Section]:

@@ -32,7 +32,10 @@ def numbers(
                 "threat": panel.threat,
                 "samples": len(panel.samples),
                 "notes": list(panel.notes),
-                "fronts": [_front(front, panel.size, output) for front in panel.fronts],
+                "seeds": list(panel.seeds),
+                "comparable": panel.comparable,
+                "equal_size": panel.size,
+                "fronts": [_front(front, panel, output) for front in panel.fronts],
                 "repeated": [_method(method, output) for method in panel.repeated],
                 "comparisons": [_comparison(c) for c in (*fronts[key], *methods[key])],
             }
@@ -43,16 +46,15 @@ def numbers(
     }
 
 
-def _front(front: Front, size: int, output: Path) -> dict[str, Any]:
+def _front(front: Front, panel: Panel, output: Path) -> dict[str, Any]:
+    search = panel.stage == "measured"  # later fewer points are no fewer tries
     return {
         "family": front.family,
+        "tries": front.tries,
         "methods": [_method(method, output) for method in front.methods],
         "non_dominated": [method.name for method in front.best],
-        "hypervolume_of_means": front.hypervolume_of_means,
-        "seeds": list(front.seeds),
-        "hypervolumes": list(front.hypervolumes()),
-        "equal_size": size,
-        "hypervolumes_at_equal_size": list(front.hypervolumes(size)),
+        "hypervolume": front.hypervolume(),
+        "hypervolume_at_equal_size": front.hypervolume(min(panel.size, front.tries)) if search else None,
     }
 
 
@@ -76,15 +78,17 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "first": c.first,
         "second": c.second,
         "quantity": c.quantity,
+        "tries": c.tries,
         "points": c.size,
         "seeds": list(c.seeds),
-        "of_first": list(c.of_first),
-        "of_second": list(c.of_second),
+        "of_first": c.of_first,
+        "of_second": c.of_second,
         "difference": c.difference,
-        "interval_over_images": c.interval,
-        "interval_over_seeds": c.seed_interval,
-        "p_over_images": c.p_samples,
-        "p_over_seeds": c.p_seeds,
+        "by_seed": list(c.by_seed),
+        "interval": c.interval,
+        "over_seeds": c.over_seeds,
+        "p": c.p_value,
+        "p_sign_flip": c.p_seeds,
         "p_holm": c.p_adjusted,
         "verdict": c.verdict,
     }
@@ -98,7 +102,8 @@ def _run(record: Record, output: Path) -> dict[str, Any]:
             {"attack": v.attack, "threat": v.threat, "correct": v.accuracy.correct, "total": v.accuracy.total}
             for v in getattr(record, stage)
         ]
-    found |= {"audit": record.audit, "audit_failures": list(record.audit_failures), "training": dict(record.training)}
+    found |= {"audit": record.audit, "audit_failures": list(record.audit_failures)}
+    found |= {"confirmation": record.confirmation, "training": dict(record.training)}
     return found
 
 

@@ -44,30 +44,29 @@ def origin(study: Study, records: Sequence[Record], panels: Sequence[Panel], out
     return [*blocks, runs_table(panels, records, output)]
 
 
-def descriptions(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Key -> what the run folder's config.json says, for the runs that have one."""
+def descriptions(records: Sequence[Record]) -> dict[Path, dict[str, Any]]:
+    """Run folder -> what its config.json says, for the runs that have one."""
     found = {}
     for record in records:
         path = record.folder / "config.json"
         if path.is_file():
-            found[record.key] = read_json(path)
+            found[record.folder] = read_json(path)
     return found
 
 
 def environments(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[str]]]:
     """What runs were made with, each different one with the names of its run folders."""
     keys = ("device", "processes", "precision", "python", "versions", "commit")
-    folders = {record.key: record.folder.name for record in records}
     found: list[tuple[dict[str, Any], list[str]]] = []
-    for key, description in descriptions(records).items():
+    for folder, description in descriptions(records).items():
         environment = {name: description.get(name) for name in keys}
         environment["versions"] = environment["versions"] or {}
         for other, names in found:
             if other == environment:
-                names.append(folders[key])
+                names.append(folder.name)
                 break
         else:
-            found.append((environment, [folders[key]]))
+            found.append((environment, [folder.name]))
     return found
 
 

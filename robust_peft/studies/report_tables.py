@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from robust_peft.results import Accuracy, mean_interval
+from robust_peft.results import Accuracy
 from robust_peft.studies.comparisons import Comparison
 from robust_peft.studies.records import Record, Verdicts
 from robust_peft.studies.report_answer import STAGES, interval, p_value
@@ -67,6 +67,7 @@ def _mean_cell(method: MethodResult, axis: int) -> str:
     if ends is None:
         verdicts = method.runs[0].adversarial if axis else method.runs[0].standard
         ends = Accuracy(sum(verdicts.values()), len(verdicts)).interval
+    ends = max(ends[0], 0.0), min(ends[1], 1.0)  # Student's interval of few seeds goes beyond what is possible
     return f"{100 * method.mean[axis]:.2f} {interval(ends)}"
 
 
@@ -82,42 +83,42 @@ def worst_case(panel: Panel) -> str:
 
 
 def hypervolumes_table(panel: Panel) -> Table:
-    """Each family's hypervolume: with all its points, and on as many as the smallest family has."""
+    """Each family's hypervolume: with all its points and, in the search, on as many as the smallest family tried."""
     size = panel.size
+    unequal = panel.stage == "measured" and any(front.tries > size for front in panel.fronts)
     rows = []
     for front in panel.fronts:
-        own, equal = front.hypervolumes(), front.hypervolumes(min(size, front.size))
         best = ", ".join(method.label or method.family for method in front.best)
-        cells = [front.family, str(front.size), best, f"{100 * front.hypervolume_of_means:.2f}"]
-        rows.append((*cells, _mean_and_interval(own), _mean_and_interval(equal), ", ".join(map(str, front.seeds))))
-    header = ("family", "points", "non-dominated", "hypervolume of the means, %", "mean over seeds, %")
-    equal = f"expected with {size} point{'s' if size != 1 else ''}, %"
+        cells = [front.family, str(front.tries), str(front.size), best, f"{100 * front.hypervolume():.2f}"]
+        rows.append((*cells, *([f"{100 * front.hypervolume(min(size, front.tries)):.2f}"] if unequal else [])))
+    equal = [f"expected of {_counted(size, 'setting')}, %"] if unequal else []
+    header = ("family", "settings tried", "points here", "non-dominated", "hypervolume, %", *equal)
     caption = (
-        f"{panel.name}, {STAGES[panel.stage]}: hypervolume above (0, 0) in percent of the unit square; with 95 % "
-        "t-intervals over seeds. The expectation is over all subsets of so many of a family's points, since more "
-        "points are more tries."
+        f"{panel.name}, {STAGES[panel.stage]}: hypervolume of the means over {_counted(len(panel.seeds), 'seed')}, "
+        "above (0, 0), in percent of the unit square."
     )
-    return Table(caption, (*header, equal, "seeds"), tuple(rows))
+    more = " The expectation is over all subsets of so many of a family's settings: more settings are more tries."
+    return Table(caption + (more if unequal else ""), header, tuple(rows))
 
 
-def _mean_and_interval(values: Sequence[float]) -> str:
-    return (
-        f"{100 * fmean(values):.2f} {interval(mean_interval(values))}".strip() if values else "no seed has all points"
-    )
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 def comparisons_table(caption: str, comparisons: Sequence[Comparison]) -> Table:
     """Differences with everything that their verdicts rest on."""
+    exact = any(c.p_seeds is not None for c in comparisons)
     header = (
-        "first", "second", "quantity", "points each", "difference", "95 % over images", "95 % t over seeds",
-        "by seed", "p over images", "p over seeds", "Holm's p", "verdict",
+        "first", "second", "quantity", "points each", "difference", "95 % interval", "drawn anew", "by seed", "p",
+        *(["p, sign-flip over seeds"] if exact else []), "Holm's p", "verdict",
     )  # fmt: skip
     rows = [
         (
             c.first, c.second, c.quantity, str(c.size or ("all" if c.quantity == "hypervolume" else "")),
-            f"{100 * c.difference:+.2f}", interval(c.interval, sign=True), interval(c.seed_interval, sign=True),
-            " ".join(f"{100 * d:+.2f}" for d in c.differences), p_value(c.p_samples),
-            "" if c.p_seeds is None else p_value(c.p_seeds), p_value(c.p_adjusted), c.verdict,
+            f"{100 * c.difference:+.2f}", interval(c.interval, sign=True),
+            "images and seeds" if c.over_seeds else "images", " ".join(f"{100 * d:+.2f}" for d in c.by_seed),
+            p_value(c.p_value), *([p_value(c.p_seeds) if c.p_seeds is not None else ""] if exact else []),
+            p_value(c.p_adjusted), c.verdict,
         )
         for c in comparisons
     ]  # fmt: skip
@@ -162,32 +163,36 @@ def failures_table(records: Sequence[Record], output: Path) -> Table | None:
         if r.status == "failed" or r.error
     ]
     header = ("panel", "method", "run", "error")
-    return Table("Runs that failed; their seeds are missing above.", header, tuple(rows)) if rows else None
+    return Table("Runs that failed, or whose final measurement did.", header, tuple(rows)) if rows else None
 
 
 def missing_table(records: Sequence[Record]) -> Table | None:
-    """Runs that are not done and have not failed, by method."""
+    """Runs that are not done and have not failed, and final measurements still to come, by method."""
     left: dict[tuple[str, str, str], list[str]] = {}
     for record in records:
         if record.status not in ("done", "failed"):
             status = "not measured yet" if record.status == "trained" else record.status
-            left.setdefault((panel_name(record), record.method, status), []).append(str(record.seed))
+        elif record.confirmation in ("waiting", "running"):
+            status = f"final measurement {record.confirmation}"
+        else:
+            continue
+        left.setdefault((panel_name(record), record.method, status), []).append(str(record.seed))
     rows = [(*key, ", ".join(seeds)) for key, seeds in left.items()]
-    return Table("Runs that are still to come.", ("panel", "method", "state", "seeds"), tuple(rows)) if rows else None
+    return Table("What is still to come.", ("panel", "method", "state", "seeds"), tuple(rows)) if rows else None
 
 
 def runs_table(panels: Sequence[Panel], records: Sequence[Record], output: Path) -> Table:
     """Every run with its numbers and its folder."""
-    results: dict[tuple[str, str], SeedResult] = {}
+    results: dict[tuple[Path, str], SeedResult] = {}
     for panel in panels:
         for method in (*panel.methods, *panel.repeated):
             for run in method.runs:
-                results[run.record.key, panel.stage] = run
+                results[run.record.folder, panel.stage] = run
     rows = []
     for record in records:
         cells: list[Cell] = [panel_name(record), record.method, str(record.seed), record.status]
         for stage in STAGES:
-            run = results.get((record.key, stage))
+            run = results.get((record.folder, stage))
             cells += ["", ""] if run is None else [f"{100 * value:.2f}" for value in run.accuracies]
         rows.append((*cells, (link(record, output, record.folder.name),)))
     columns = [f"{kind}, {name}, %" for name in STAGES.values() for kind in ("standard", "adversarial")]

@@ -1,16 +1,16 @@
 """Fronts of a study's panels: points over seeds, who is non-dominated, and how large the dominated area is.
 
 Standard accuracy is counted on clean images. Adversarial accuracy counts the samples that are right without an attack
-and withstood every attack of the measurement under the run's own threat model. Hypervolumes are areas above (0, 0), as
-fractions of the unit square. What the search measured and what the final measurement found are never mixed.
+and withstood every attack of the measurement under the run's own threat model. Hypervolumes are areas above (0, 0) that
+the means over seeds dominate, as fractions of the unit square: a single seed's points scatter more, and the area under
+the best of many scattered points is larger than that under their means. What the search measured and what the final
+measurement found are never mixed.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import comb
 from statistics import fmean
@@ -18,10 +18,10 @@ from typing import Literal
 
 import numpy as np
 
-from robust_peft.config import RunConfig, SurgeryConfig, to_dict
-from robust_peft.results import hypervolume, mean_interval, non_dominated
+from robust_peft.results import mean_interval, non_dominated
 from robust_peft.studies.records import Record, Verdicts
 from robust_peft.studies.study import Study
+from robust_peft.studies.survey import counted
 
 Stage = Literal["measured", "confirmed"]
 
@@ -97,12 +97,14 @@ class Front:
     Attributes:
         family: The family.
         methods: Its measured methods, each training once.
-        seeds: Seeds that all of them were measured with, so that each seed has a whole front.
+        tries: Methods of the family in the study, each training once, measured or not.
+        pending: Names of those that have neither a result nor failed for good.
     """
 
     family: str
     methods: tuple[MethodResult, ...]
-    seeds: tuple[int, ...]
+    tries: int
+    pending: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -114,18 +116,25 @@ class Front:
         chosen = [self.methods[i] for i in non_dominated([method.mean for method in self.methods])]
         return tuple(sorted(chosen, key=lambda method: method.mean))
 
-    @property
-    def hypervolume_of_means(self) -> float:
-        """Area that the means over seeds dominate."""
-        return hypervolume([method.mean for method in self.methods])
+    def hypervolume(self, size: int | None = None) -> float:
+        """Area that the means dominate; with a size, expected of so many settings drawn at random.
 
-    def of_seed(self, seed: int) -> list[tuple[float, float]]:
-        """The points of one of `seeds`."""
-        return [method.of_seeds[method.seeds.index(seed)] for method in self.methods]
+        Args:
+            size: From 1 to ``tries``; settings without a model count as (0, 0) then. None: all points.
+        """
+        points = [method.mean for method in self.methods]
+        if size is not None:
+            points += [(0.0, 0.0)] * (self.tries - self.size)
+        return float(expected_hypervolume(np.array(points), size))
 
-    def hypervolumes(self, size: int | None = None) -> tuple[float, ...]:
-        """Area that each seed's points dominate; with a size, expected over the subsets of so many points."""
-        return tuple(float(expected_hypervolume(np.array(self.of_seed(seed)), size)) for seed in self.seeds)
+    def dominated_by(self, other: Front) -> tuple[MethodResult, ...]:
+        """The methods whose means one of the other front's means beats, as measured and without any test."""
+        theirs = [method.mean for method in other.methods]
+        return tuple(
+            method
+            for method in self.methods
+            if any(x >= method.mean[0] and y >= method.mean[1] and (x, y) != method.mean for x, y in theirs)
+        )
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,10 @@ class Panel:
         repeated: Methods that are another one's training under a second name, outside the fronts.
         attacks: The attacks that the adversarial accuracy is the worst case over.
         threat: Their threat model; several where the panel's runs differ.
+        seeds: Seeds that every method of the fronts was measured with; all of its figures are of these. Empty where
+            there is none: then each method is shown with the seeds that it has, and nothing is compared.
         samples: Indices of the samples that every run was measured on.
+        comparable: Whether all runs faced the same attacks on the same images, and share a seed.
         notes: What a reader has to know before comparing.
     """
 
@@ -149,7 +161,9 @@ class Panel:
     repeated: tuple[MethodResult, ...]
     attacks: tuple[str, ...]
     threat: str
+    seeds: tuple[int, ...]
     samples: tuple[int, ...]
+    comparable: bool
     notes: tuple[str, ...]
 
     @property
@@ -158,8 +172,8 @@ class Panel:
 
     @property
     def size(self) -> int:
-        """Points of the smallest front: on so many each the families are compared."""
-        return min(front.size for front in self.fronts)
+        """Settings of the smallest family, families of one left out: so many points each make equal terms."""
+        return min((front.tries for front in self.fronts if front.tries > 1), default=1)
 
 
 def expected_hypervolume(points: np.ndarray, size: int | None = None) -> np.ndarray:
@@ -203,9 +217,9 @@ def panels_of(study: Study, records: Sequence[Record], stage: Stage) -> list[Pan
         records: What is known of its points.
         stage: "measured" for what every point gets, "confirmed" for the final measurement.
     """
-    same = _same_training(study)
+    repeated = study.repeated()
     names = dict.fromkeys(panel_name(record) for record in records)
-    found = [_panel(name, [r for r in records if panel_name(r) == name], stage, same) for name in names]
+    found = [_panel(name, [r for r in records if panel_name(r) == name], stage, repeated) for name in names]
     return [panel for panel in found if panel is not None]
 
 
@@ -214,39 +228,93 @@ def panel_name(record: Record) -> str:
     return ", ".join(record.panel.values()) or "all"
 
 
-def _panel(name: str, records: list[Record], stage: Stage, same: Mapping[tuple[str, str], str]) -> Panel | None:
-    verdicts = {record.key: getattr(record, stage) for record in records}
-    done = [record for record in records if len(verdicts[record.key]) > 1]
+def _panel(name: str, records: list[Record], stage: Stage, repeated: Mapping[tuple[str, str], str]) -> Panel | None:
+    done = [record for record in records if len(verdicts_of(record, stage)) > 1]
     if not done:
         return None
-    runs = {record.key: _seed_result(record, verdicts[record.key]) for record in done}
-    shared = set.intersection(*(set(run.standard) for run in runs.values()))
-    notes = []
-    largest = max(len(run.standard) for run in runs.values())
-    if len(shared) < largest:
-        notes.append(f"Runs were measured on different images; comparisons use the {len(shared)} that all have.")
+    # The search says what counts; the final measurement has less of it, and maybe fewer seeds.
+    same, seeds = counted(repeated, name, _measured_seeds(records, "measured"))
+    if stage == "confirmed":
+        of_methods = {m: s for m, s in _measured_seeds(records, stage).items() if m not in same}
+        seeds = counted({}, name, of_methods)[1]
     methods = []
     for method in dict.fromkeys(record.method for record in done):
         mine = sorted((r for r in done if r.method == method), key=lambda record: record.seed)
-        of_method = tuple(runs[record.key] for record in mine)
-        methods.append(MethodResult(mine[0].family, mine[0].label, of_method, same.get((name, method))))
-    counted = [method for method in methods if method.same_as is None]
-    fronts = []
-    for family in dict.fromkeys(method.family for method in counted):
-        members = tuple(method for method in counted if method.family == family)
-        whole = set.intersection(*(set(method.seeds) for method in members))
-        fronts.append(Front(family, members, tuple(sorted(whole))))
-    plans = list(dict.fromkeys((attacks_of(v), threat_of(v)) for v in verdicts.values() if len(v) > 1))
+        runs = tuple(_seed_result(record, verdicts_of(record, stage)) for record in mine)
+        methods.append(MethodResult(mine[0].family, mine[0].label, runs, same.get(method)))
+    notes = [*_seed_notes(methods, seeds), *_version_notes(done, stage)]
+    if seeds:
+        kept = [replace(m, runs=tuple(run for run in m.runs if run.seed in seeds)) for m in methods]
+        methods = [method for method in kept if method.runs]  # of the repeated ones some may have none
+    fronts = _fronts(records, [method for method in methods if method.same_as is None], set(same), stage)
+    failed = [f"{f.family} {n}" for f in fronts if (n := f.tries - f.size - len(f.pending)) and stage == "measured"]
+    if failed:
+        notes.append(f"Methods without a single model count as tries that reached nothing: {', '.join(failed)}.")
+    runs = [run for method in methods for run in method.runs]
+    shared = set.intersection(*(set(run.standard) for run in runs))
+    if len(shared) < max(len(run.standard) for run in runs):
+        notes.append(f"Runs were measured on different images; comparisons use the {len(shared)} that all have.")
+    plans = list(dict.fromkeys((attacks_of(v), threat_of(v)) for v in (verdicts_of(r, stage) for r in done)))
     if len(plans) > 1:
         notes.append(
             "Runs were attacked differently ("
             + "; ".join(f"{', '.join(attacks)}, {threat}" for attacks, threat in plans)
-            + "): their adversarial accuracies are no fair comparison."
+            + "): their adversarial accuracies are no fair comparison, so that none is made."
         )
-    threats = " or ".join(dict.fromkeys(threat for _, threat in plans))
-    repeated = tuple(method for method in methods if method.same_as is not None)
-    samples = tuple(sorted(shared))
-    return Panel(name, stage, tuple(fronts), repeated, plans[0][0], threats, samples, tuple(notes))
+    contents = {record.images[stage] for record in done if stage in record.images}
+    if len(contents) > 1:
+        notes.append("Runs were measured on images of different content, so that they are not compared.")
+    return Panel(
+        name, stage, tuple(fronts), tuple(method for method in methods if method.same_as is not None),
+        plans[0][0], " or ".join(dict.fromkeys(threat for _, threat in plans)), seeds, tuple(sorted(shared)),
+        len(plans) == 1 and len(contents) < 2 and bool(seeds) and bool(shared), tuple(notes),
+    )  # fmt: skip
+
+
+def _measured_seeds(records: Sequence[Record], stage: Stage) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for record in records:
+        if len(verdicts_of(record, stage)) > 1:
+            found.setdefault(record.method, set()).add(record.seed)
+    return found
+
+
+def _seed_notes(methods: Sequence[MethodResult], seeds: tuple[int, ...]) -> list[str]:
+    of_fronts = [method for method in methods if method.same_as is None]
+    others = sorted({seed for method in of_fronts for seed in method.seeds} - set(seeds))
+    if not others:
+        return []
+    if not seeds:
+        return ["No seed has all methods, so that nothing is compared; each is shown with the seeds that it has."]
+    lacking = [method.name for method in of_fronts if not set(others) <= set(method.seeds)]
+    few = ", ".join(lacking) if len(lacking) < 4 else f"{len(lacking)} methods"
+    without = f"without seed{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}"
+    return [f"Shown are the seeds that all methods have; {few} {'is' if len(lacking) == 1 else 'are'} {without}."]
+
+
+def _version_notes(records: Sequence[Record], stage: Stage) -> list[str]:
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for package, version in record.versions.get(stage, {}).items():
+            found.setdefault(package, set()).add(version)
+    mixed = [f"{package} {' and '.join(sorted(each))}" for package, each in found.items() if len(each) > 1]
+    return [f"Runs were measured with different versions: {', '.join(mixed)}."] if mixed else []
+
+
+def _fronts(records: Sequence[Record], methods: Sequence[MethodResult], repeats: set[str], stage: Stage) -> list[Front]:
+    fronts = []
+    for family in dict.fromkeys(method.family for method in methods):
+        members = tuple(method for method in methods if method.family == family)
+        names = dict.fromkeys(r.method for r in records if r.family == family and r.method not in repeats)
+        missing = [name for name in names if name not in {method.name for method in members} and stage == "measured"]
+        pending = [m for m in missing if any(r.method == m and r.status != "failed" for r in records)]
+        fronts.append(Front(family, members, len(names), tuple(pending)))
+    return fronts
+
+
+def verdicts_of(record: Record, stage: Stage) -> tuple[Verdicts, ...]:
+    """A run's verdicts in one of the measurements."""
+    return record.measured if stage == "measured" else record.confirmed
 
 
 def attacks_of(verdicts: Sequence[Verdicts]) -> tuple[str, ...]:
@@ -265,28 +333,3 @@ def _seed_result(record: Record, verdicts: Sequence[Verdicts]) -> SeedResult:
     # Right throughout, whether the attacks were tried on every sample or only on what the one before left standing.
     withstood = {i: right and all(v.correct[i] for v in own) for i, right in clean.correct.items()}
     return SeedResult(record, clean.correct, withstood)
-
-
-def _same_training(study: Study) -> dict[tuple[str, str], str]:
-    """(panel's name, method's name) -> the method that it repeats, for each method that is another by definition."""
-    groups: dict[tuple[str, str], dict[str, RunConfig]] = {}
-    for point in study.points():
-        trained = to_dict(_plain_form(dataclasses.replace(point.config, seed=0)))
-        key = (point.panel_name, json.dumps(trained, sort_keys=True))
-        groups.setdefault(key, {}).setdefault(point.method.name, point.config)
-    found = {}
-    for (panel, _), methods in groups.items():
-        # The one that says what it is comes first: Vanilla(0) and not CA-AT's gamma 1.
-        kept = min(methods, key=lambda name: methods[name].surgery.name != "vanilla")
-        found |= {(panel, name): kept for name in methods if name != kept}
-    return found
-
-
-def _plain_form(config: RunConfig) -> RunConfig:
-    """CA-AT with gamma 1 as what it is: the adversarial gradient alone, Vanilla(0)."""
-    surgery = config.surgery
-    limit = surgery.name == "ca-at" and surgery.gamma == 1 and surgery.rescale != "vanilla"
-    if limit or (surgery.name == "vanilla" and surgery.lam == 0):
-        alone = SurgeryConfig(name="vanilla", lam=0.0)
-        return dataclasses.replace(config, surgery=alone, measure_conflict=True)
-    return config
