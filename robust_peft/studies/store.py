@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from robust_peft.config import to_dict
 from robust_peft.files import read_json, write_json, write_text
 from robust_peft.studies.study import Measurement, Point
 
@@ -42,6 +43,7 @@ class PointFolder:
     """
 
     def __init__(self, output: str | Path, point: Point) -> None:
+        self._config = point.config
         self.run = Path(output) / "runs" / point.folder
         self.notes = Path(output) / "points" / point.folder
         self.audit = self.notes / "audit"
@@ -50,6 +52,26 @@ class PointFolder:
     def trained(self) -> bool:
         """Whether training is finished and saved: the model card is the last file that a run writes."""
         return (self.run / "evaluation.json").is_file() and (self.run / "README.md").is_file()
+
+    def mismatch(self) -> str | None:
+        """What is wrong with a run that was trained with other settings than the point's, in words; else None.
+
+        The folder's name stands for what the study changes; a default may be another one in another version of this
+        package. Settings that only one of the two versions knows are left out.
+        """
+        path = self.run / "config.json"
+        if not path.is_file():
+            return None
+        was, now = _flat(read_json(path).get("config", {})), _flat(to_dict(self._config))
+        changed = [
+            f"{name} was {was[name]!r}, is {now[name]!r}" for name in now if was.get(name, now[name]) != now[name]
+        ]
+        if not changed:
+            return None
+        return (
+            f"The run in {self.run} was trained with other settings: {'; '.join(changed)}. Remove that folder to train "
+            "it anew, or give the study another name to keep it."
+        )
 
     def verdicts(self, stage: str) -> Path:
         """Folder of the verdicts of a stage, `MEASURED` or `CONFIRMED`."""
@@ -175,3 +197,11 @@ class PointFolder:
 def plan_of(measurement: Measurement) -> dict[str, Any]:
     """What a report answers, as plain JSON values; an audit is no part of it."""
     return json.loads(json.dumps({k: v for k, v in asdict(measurement).items() if k != "audit"}))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    found = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

@@ -77,6 +77,9 @@ def survey(study: Study, output: str | Path) -> list[Finding]:
 
 
 def _look(study: Study, point: Point, files: PointFolder) -> Finding:
+    mismatch = files.mismatch()
+    if mismatch is not None:
+        return Finding(point, files, "failed", mismatch)
     measured = files.report(MEASURED, study.measure)
     if measured is not None:
         return Finding(point, files, "done", measured=measured)

@@ -41,6 +41,8 @@ def perform(task: Task) -> str:
         held = stack.enter_context(files.claimed()) if main else False
         if not gather([held])[0]:
             return BUSY
+        if gather([main and files.mismatch() is not None])[0]:
+            return FAILED  # as whoever looks at the folder is told, until the run is removed
         if main:
             files.forget_failure()  # an earlier try's
         work = _Work(task)

@@ -1,6 +1,7 @@
 """What a study runs and what it leaves alone; everything in this process, the processes have tests of their own."""
 
 import json
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
@@ -157,6 +158,39 @@ def test_a_report_says_by_which_versions_and_on_which_images_it_was_measured(mak
     fewer = replace(study, measure=replace(measure, limit=5), methods=methods[:1], seeds=(0,), confirm=None)
     run_study(fewer, output, engine=same_process(), say=lambda line: None)
     assert json.loads(paths["measured"][0].read_text())["images_sha256"] != first
+
+
+def test_a_run_of_other_settings_is_neither_reused_nor_overwritten(make_study, same_process, tmp_path):
+    """A default that another version of the package changed: the folder's name does not tell."""
+    study, output = make_study(methods=(Method("A"),), seeds=(0, 1), confirm=None), tmp_path / "out"
+    run_study(study, output, engine=same_process(), say=lambda line: None)
+    before = collect(study, output)
+    path = before[0].folder / "config.json"
+    description = json.loads(path.read_text())
+    settings = description["config"]
+    settings["only_then"] = settings["optim"]["only_then_too"] = 1  # what this version does not know
+    del settings["compile"], settings["optim"]["momentum"]  # and what that one did not
+    path.write_text(json.dumps(description))
+    assert collect(study, output) == before
+
+    settings["optim"]["lr"], settings["seed"] = 1e-4, 7
+    path.write_text(json.dumps(description))
+    said = (
+        f"The run in {path.parent} was trained with other settings: optim.lr was 0.0001, is 0.003; seed was 7, is 0. "
+        "Remove that folder to train it anew, or give the study another name to keep it."
+    )
+    failed, done = collect(study, output)
+    assert (failed.status, failed.error, failed.measured) == ("failed", said, ()) and done == before[1]
+    engine = same_process()
+    run_study(study, output, engine=engine, retry_failed=True, say=lambda line: None)
+    assert len(engine.tasks) == 0 and collect(study, output)[0] == failed
+    files = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    assert run_point(study, output, failed.key) == (f"all, A, seed 0: FAILED. {said}", 1)
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == files
+
+    shutil.rmtree(path.parent)
+    run_study(study, output, engine=same_process(), say=lambda line: None)
+    assert [record.measured for record in collect(study, output)] == [record.measured for record in before]
 
 
 @pytest.mark.parametrize(
