@@ -162,7 +162,8 @@ class Study:
         methods: What is compared within each panel.
         seeds: Seeds of each method; ``panel_seeds`` says which panels have others (label of an axis -> seeds).
         measure: How every point is measured; on held-out images, so that choosing among points costs no test image.
-        confirm: How each family's non-dominated points are measured in the end, or None.
+        confirm: How each family's non-dominated points are measured in the end, on another split than ``measure`` has
+            (unless each family has one method, so that none is chosen); or None.
         confirm_seeds: Only the first so many seeds of each chosen method get the final measurement; None: all.
         question: What the study asks, for the report's first paragraph.
         extra: Further sections of the report, made from the study, its records and the report's folder, into which it
@@ -201,6 +202,8 @@ class Study:
                 f"confirm_seeds should be at least 1 or None. Found confirm_seeds = {self.confirm_seeds!r}."
             )
         self.points()  # says now what is wrong with any of the runs
+        if self.confirm is not None and self.confirm.split == self.measure.split:
+            self._check_nothing_is_chosen()
 
     def points(self) -> list[Point]:
         """All runs, in the order in which they are started: seed by seed, so that whole panels appear early.
@@ -249,6 +252,20 @@ class Study:
             kept = min(methods, key=lambda name: methods[name].surgery.name != "vanilla")
             found |= {(panel, name): kept for name in methods if name != kept}
         return found
+
+    def _check_nothing_is_chosen(self) -> None:
+        """A figure is too good where it decided that it would be shown: of one split, nothing may be chosen."""
+        repeated = self.repeated()
+        for panel, _ in self.panels():
+            name = ", ".join(panel.values()) or "all"
+            families = [method.family for method in self.methods if (name, method.name) not in repeated]
+            several = next((family for family in families if families.count(family) > 1), None)
+            if several is not None:
+                raise ValueError(
+                    "measure and confirm should have different splits where methods are chosen, or be judged by what "
+                    f"they were chosen by. Found split = {self.measure.split!r} for both, and several methods of "
+                    f"{several}. Let measure have the validation split, or leave confirm out (None)."
+                )
 
     def panels(self) -> list[tuple[dict[str, str], dict[str, Any]]]:
         """Each combination of the axes' labels with its settings; one without axes."""

@@ -64,6 +64,23 @@ def test_methods_that_train_alike_are_known():
     assert Study(name="s", methods=(*cones, *vanilla[1:])).repeated() == {}
 
 
+ON_TEST = Measurement(("clean", "fgsm"))
+
+
+def test_what_is_chosen_by_some_images_is_not_confirmed_on_them():
+    for split in ("test", "validation"):
+        same = replace(ON_TEST, split=split)
+        with pytest.raises(ValueError, match=f"Found split = '{split}' for both, and several methods of CA-AT. Let"):
+            Study(name="s", methods=METHODS, measure=same, confirm=replace(same, limit=10))
+        assert Study(name="s", methods=METHODS, measure=same, confirm=None).points()
+        # One method each: nothing is chosen. gamma 1 is Vanilla(0) and no second method of CA-AT.
+        cones = grid("CA-AT", "surgery.gamma", (0.8, 1.0), {"surgery.name": "ca-at"})
+        vanilla = grid("vanilla", "surgery.lam", (0.0,), {"surgery.name": "vanilla"})
+        assert Study(name="s", methods=(*cones, *vanilla), measure=same, confirm=same).points()
+    with pytest.raises(ValueError, match="several methods of CA-AT"):
+        replace(Study(name="s", methods=METHODS), measure=ON_TEST)
+
+
 def test_further_sections_are_no_part_of_a_point():
     plain, more = Study(name="s", methods=METHODS), Study(name="s", methods=METHODS, extra=lambda *given: [])
     assert [point.folder for point in plain.points()] == [point.folder for point in more.points()]

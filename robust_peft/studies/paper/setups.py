@@ -117,7 +117,8 @@ def networks(scale: str, *names: str) -> dict[str, Settings]:
 def tabulated(scale: str, attacks: Sequence[str], eps: Sequence[str] = ()) -> Measurement:
     """Every attack on every one of the first 1,000 test images (tiny: 30), at the run's budget and at others.
 
-    Nothing is chosen by these figures, so they may be of test images.
+    Nothing may be chosen by these figures, which are of test images: `Study` refuses a final measurement of a family's
+    better ones.
 
     Args:
         scale: "paper" or "tiny", where shorter attacks stand for these.
@@ -169,7 +170,8 @@ def from_scratch(
         axes: What else varies, at this scale.
         settings: What all runs change in the preset at the paper's scale; the tiny one has the digits instead.
         measure: How every run is measured; None: on validation images, as a search.
-        confirmed: Whether the fronts are measured finally (AutoAttack and audit on all test images).
+        confirmed: Whether the fronts are measured finally (AutoAttack and audit on all test images); not where
+            ``measure`` takes test images and a family has several methods.
         extra: Further sections of the report.
     """
     check_scale(scale)
