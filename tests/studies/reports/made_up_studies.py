@@ -89,12 +89,19 @@ def full_records(study: Study, folder: Path) -> list[Record]:
     """Everything measured, some of it finally; with costs, audits and what run folders say of themselves."""
 
     def final(point):
-        chosen = point.method.label in ("", "lam 0.5", "lam 1.0", "gamma 0.8", "gamma 0.9")
-        return drawn(point, 500, ("autoattack",)) if chosen else ()
+        chosen = point.method.label in (
+            "", "lam 0.25", "lam 0.5", "lam 1.0", "gamma 0.5", "gamma 0.7", "gamma 0.9"
+        )  # fmt: skip
+        return drawn(point, 500, ("autoattack",), gain=0.03) if chosen else ()
 
-    found = records_of(study, folder, lambda point: drawn(point, 200, ("apgd-ce", "t-apgd-dlr")), final)
+    found = records_of(study, folder, lambda point: drawn(point, 200, ("apgd-ce", "t-apgd-dlr"), gain=0.03), final)
     training = {"seconds": 61.0, "seconds_per_step": 0.034, "trainable_parameters": 20490, "bytes_on_disk": 88064}
-    found = [replace(r, training=training, audit="passed" if r.confirmed else None) for r in found]
+    found = [
+        replace(r, training=training, audit="passed", confirmation="done")
+        if r.confirmed
+        else replace(r, training=training)
+        for r in found
+    ]
     for record in found:
         record.folder.mkdir(parents=True)
         about = {"device": "x86_64 CPU", "processes": 1, "precision": "fp32", "python": "3.11.7", "commit": "c" * 40}
