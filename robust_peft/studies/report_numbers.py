@@ -99,7 +99,14 @@ def _run(record: Record, output: Path) -> dict[str, Any]:
     found |= {"seed": record.seed, "folder": _folder(record, output), "status": record.status, "error": record.error}
     for stage in ("measured", "confirmed"):
         found[stage] = [
-            {"attack": v.attack, "threat": v.threat, "correct": v.accuracy.correct, "total": v.accuracy.total}
+            {
+                "attack": v.attack,
+                "threat": v.threat,
+                "correct": v.accuracy.correct,
+                "total": v.accuracy.total,
+                # One letter for each sample, in the order of their numbers: all that the statistics are made from.
+                "verdicts": "".join("1" if v.correct[index] else "0" for index in sorted(v.correct)),
+            }
             for v in getattr(record, stage)
         ]
     found |= {"audit": record.audit, "audit_failures": list(record.audit_failures)}

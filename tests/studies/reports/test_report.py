@@ -256,6 +256,10 @@ def test_every_number_is_that_of_its_folder(full):
                     seen += 1
     assert seen == sum(bool(record.measured) + bool(record.confirmed) for record in records)
     assert len(numbers["runs"]) == len(records)
+    for run, record in zip(numbers["runs"], records, strict=True):
+        for stage in ("measured", "confirmed"):
+            for row, verdicts in zip(run[stage], getattr(record, stage), strict=True):
+                assert [letter == "1" for letter in row["verdicts"]] == list(verdicts.correct.values())
 
 
 def test_tables_show_the_numbers(full):
