@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from robust_peft.studies import LocalEngine, Method, collect, load_study, make_engine, run_study
+from robust_peft.studies.report import write_report
 from robust_peft.studies.store import PointFolder
 
 STUDY = """
@@ -43,6 +45,18 @@ def start(output, *flags):
 
 def verdicts(study, output):
     return [(r.method, r.status, r.measured, r.confirmed) for r in collect(study, output)]
+
+
+def report(study, output):
+    """The report's text and figures, without what training took and what, where and by which commands it was done."""
+    write_report(study, collect(study, output), Path(output))
+    text = (Path(output) / "report.md").read_text()
+    text, tables = re.subn(r"(?<=What the runs were made with\.).*?(?=\nAll 3 runs)", "", text, flags=re.DOTALL)
+    costs = r"^((?:\|[^|\n]*){4})(?:\|[^|\n]*){3}(\| *\[0\].*)$"  # seconds and memory stand between those
+    text, rows = re.subn(costs, r"\1\2", text, flags=re.MULTILINE)
+    figures = {path.name: path.read_bytes() for path in (Path(output) / "figures").iterdir()}
+    assert (tables, rows, len(figures)) == (1, 3, 2)
+    return text.splitlines(), figures
 
 
 def events(output):
@@ -84,6 +98,7 @@ def test_killed_and_gone_on_with_equals_uninterrupted(study, same_process, tmp_p
     run_study(study, tmp_path / "whole", engine=same_process(), say=lambda line: None)
     assert verdicts(study, "killed") == verdicts(study, "whole")
     assert all(status == "done" for _, status, *_ in verdicts(study, "killed"))
+    assert report(study, "killed") == report(study, "whole")
 
 
 @pytest.mark.slow
@@ -104,8 +119,10 @@ def test_killed_ten_times_at_random_moments_equals_uninterrupted(study, same_pro
     said, _ = last.communicate(timeout=600)
     assert last.returncode == 0 and "3 done" in said
     run_study(study, tmp_path / "whole", engine=same_process(), say=lambda line: None)
+    whole = report(study, "whole")
     for folder in folders:
         assert verdicts(study, folder) == verdicts(study, "whole")
+        assert report(study, folder) == whole
 
 
 def test_two_at_once_on_one_folder_never_run_a_point_twice(study):
