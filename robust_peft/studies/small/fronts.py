@@ -28,4 +28,5 @@ def study(scale: str = "digits") -> Study:
         panel_seeds={"Fashion-MNIST": range(3)} if scale == "all" else {},
         measure=SEARCH,
         confirm=Measurement(("clean", "autoattack"), limit=50, audit=True),
+        confirm_seeds=1,  # four minutes of one core for each model
     )
