@@ -29,11 +29,16 @@ def origin(study: Study, records: Sequence[Record], panels: Sequence[Panel], out
     blocks: list[Block] = [Items(tuple(plans))]
     made = environments(records)
     if made:
-        rows = []
+        merged: dict[tuple[str, ...], list[tuple[str, int]]] = {}
         for environment, folders in made:
             versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
             cells = [str(environment.get(key) or "") for key in ("device", "processes", "precision", "python")]
-            rows.append((str(len(folders)), *cells, versions, environment.get("commit") or ""))
+            merged.setdefault((*cells, versions), []).append((environment.get("commit") or "", len(folders)))
+        rows = []
+        for cells, commits in merged.items():
+            # The code often moves on while a study runs; what else it ran with is told once.
+            said = ", ".join(f"{name} ({runs})" if len(commits) > 1 else name for name, runs in commits if name)
+            rows.append((str(sum(runs for _, runs in commits)), *cells, said))
         header = ("runs", "device", "processes", "precision", "Python", "versions", "commit")
         blocks.append(Table("What the runs were made with.", header, tuple(rows)))
         commands = list(dict.fromkeys(e["command"] for e in descriptions(records).values() if e.get("command")))

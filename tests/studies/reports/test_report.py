@@ -284,6 +284,19 @@ def test_where_it_comes_from_is_said(full):
         assert words in text, words
 
 
+def test_the_code_moved_on_while_the_study_ran(tmp_path):
+    study = full_study()
+    records = [record for record in full_records(study, tmp_path) if record.seed == 0]
+    for record, commit in zip(records, ["a" * 40, "b" * 40, "b" * 40], strict=False):
+        path = record.folder / "config.json"
+        path.write_text(path.read_text().replace("c" * 40, commit))
+    rows = Page(write_report(study, records, tmp_path / "r").read_text()).tables
+    (row,) = [row for row in rows if "x86_64 CPU" in row]
+    left = len(records) - 3
+    assert row[0] == str(len(records))
+    assert row[-1] == f"{'a' * 40} (1), {'b' * 40} (2), {'c' * 40} ({left})"
+
+
 def test_the_same_records_give_the_same_files(troubled, tmp_path):
     study, records, path = troubled
     again = write_report(study, records, path.parent.parent / "again")
