@@ -27,6 +27,6 @@ def study(scale: str = "digits") -> Study:
         seeds=range(6),
         panel_seeds={"Fashion-MNIST": range(3)} if scale == "all" else {},
         measure=SEARCH,
-        confirm=Measurement(("clean", "autoattack"), limit=50, audit=True),
-        confirm_seeds=1,  # four minutes of one core for each model
+        confirm=Measurement(("clean", "autoattack"), limit=32, audit=True),
+        confirm_seeds=1,  # four core-minutes a model
     )
