@@ -77,7 +77,7 @@ def test_all_of_them_in_one_study():
     [
         ("small/fronts", None, 6 * 17),
         ("small/fronts", "all", 9 * 17),
-        ("small/adapters", None, 96),
+        ("small/adapters", None, 72),
         ("small/precision", None, 9),
     ],
 )

@@ -4,7 +4,7 @@ from robust_peft.studies.baselines import adapters
 from robust_peft.studies.small.setup import SEARCH, SETTINGS
 from robust_peft.studies.study import Measurement, Study
 
-RATES = (0.001, 0.006, 0.03, 0.1)
+RATES = (0.001, 0.006, 0.03)
 
 
 def study() -> Study:
