@@ -111,22 +111,21 @@ def _in_short(
         )
     sentences = []
     for pair in pairs:
-        said = _pair(pair, first, found)
-        again = _pair(pair, second, found)
+        said, again = (_pair(pair, panels, found, several=len(first) > 1) for panels in (first, second))
         sentences.append(f"{' against '.join(pair)}: {said}." + (f" Beside it: {again}." if again else ""))
     return " ".join([*sentences, *singles])
 
 
-def _pair(pair: tuple[str, str], panels: Sequence[Panel], found: Mapping[tuple[str, str], Sequence[Comparison]]) -> str:
+def _pair(
+    pair: tuple[str, str], panels: Sequence[Panel], found: Mapping[tuple[str, str], Sequence[Comparison]], several: bool
+) -> str:
     """The outcome on each panel, panels of one outcome together."""
     groups: dict[str, list[str]] = {}
     for panel in panels:
         for c in found[panel.name, panel.stage]:
             if (c.first, c.second) == pair:
                 groups.setdefault(_outcome(c, panel), []).append(panel.name)
-    return "; ".join(
-        (f"on {' and '.join(names)} " if len(panels) > 1 else "") + outcome for outcome, names in groups.items()
-    )
+    return "; ".join((f"on {' and '.join(names)} " if several else "") + outcome for outcome, names in groups.items())
 
 
 def _outcome(c: Comparison, panel: Panel) -> str:
@@ -171,8 +170,8 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 def _dominated(panel: Panel) -> list[str]:
     """How many of each two families' means the other's means beat: the plain reading of the figure."""
     base, found = panel.fronts[0], []
-    for front in panel.fronts[1:]:
-        if is_single(front) or is_single(base):
+    for front in panel.fronts[1:] if panel.comparable else ():
+        if is_single(front) or is_single(base) or front.pending or base.pending:
             continue
         ours, theirs = len(front.dominated_by(base)), len(base.dominated_by(front))
         found.append(

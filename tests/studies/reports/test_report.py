@@ -158,6 +158,28 @@ def test_an_incomplete_final_measurement_does_not(tmp_path, changes, left):
     assert ("it broke" in text) == ("error" in changes)
 
 
+def test_panels_are_named_where_only_one_of_them_has_a_final_measurement(tmp_path):
+    study = full_study()
+    records = full_records(study, tmp_path)
+    first, second = (label for label in study.axes["data"])
+    records = [
+        replace(record, confirmed=(), confirmation=None, audit=None) if record.panel["data"] == second else record
+        for record in records
+    ]
+    lead, _ = lead_of(study, records, tmp_path / "report")
+    assert f"CA-AT against vanilla: on {first} its front is better" in lead
+    assert f"search, 3 seeds). Beside it: on {first} " in lead
+
+
+def test_nothing_is_counted_of_fronts_that_are_not_whole(tmp_path):
+    study = Study("s", SMALL, BASE, measure=SEARCH)
+    records = records_of(study, tmp_path, lambda p: verdicts([True] * 9, ("pgd", [p.method.label > "h"] * 9)))
+    whole = lead_of(study, records, tmp_path / "a")[1]
+    records[0] = replace(records[0], status="waiting", measured=())
+    assert "0 of vanilla's 2 by one of CA-AT" in whole and "As measured, without a test, 2 of the 2 means" in whole
+    assert "As measured, without a test" not in lead_of(study, records, tmp_path / "b")[1]
+
+
 def test_the_search_decides_where_it_has_more_seeds(tmp_path):
     lead, _ = answered(tmp_path, 20, final=-20, final_seeds=2)
     assert lead.index("its front is better") < lead.index("Beside it: its front is worse for these 2 seeds' models")
