@@ -27,7 +27,7 @@ def axes(monkeypatch, tmp_path):
 
 def test_points_edges_and_intervals(axes):
     lines = [line for line in axes.lines if len(line.get_xdata())]
-    large = {tuple(np.round(line.get_xydata()[0], 6)): line for line in lines if line.get_markersize() == 8}
+    large = {tuple(np.round(line.get_xydata()[0], 6)): line for line in lines if line.get_markersize() > 8}
     assert set(large) == {(72.0, 50.0), (91.0, 21.0), (61.0, 11.0), (80.0, 40.0)}
     assert large[61.0, 11.0].get_markerfacecolor() == "white"  # dominated
     assert large[72.0, 50.0].get_markerfacecolor() != "white"
@@ -37,6 +37,14 @@ def test_points_edges_and_intervals(axes):
     low, high = mean_interval([70, 72, 74])
     assert any(s[:, 0] == pytest.approx([low, high]) and s[:, 1] == pytest.approx([50, 50]) for s in spans)
     assert len(spans) == 6  # none for the single seed
+
+
+def test_of_equal_points_both_are_seen(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(seed_fronts, "save", lambda figure, path: kept.append(figure) or path)
+    plot_seed_fronts([SeedPoint(f, "", ((0.5, 0.4),)) for f in "abcdef"], tmp_path / "x.svg", **NAMES)
+    sizes = [line.get_markersize() for line in kept[0].axes[0].lines if line.get_zorder() == 3]
+    assert sizes == sorted(set(sizes), reverse=True) and len(sizes) == 6 and sizes[-1] >= 5
 
 
 def test_words_and_sameness(tmp_path):

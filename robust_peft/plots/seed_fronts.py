@@ -79,6 +79,7 @@ def plot_seed_fronts(points: Sequence[SeedPoint], path: str | Path, *, attack: s
 def _draw_family(axes: Any, members: Sequence[SeedPoint], place: int) -> None:
     marker, colour = STYLES[place % len(STYLES)]
     dash = DASHES[place % len(DASHES)]
+    size = max(10 - place, 5)  # later families are drawn over earlier ones: of equal points both are to be seen
     best = [members[i] for i in non_dominated([point.mean for point in members])]
     for point in members:
         (x, y), filled = point.mean, point in best
@@ -92,7 +93,7 @@ def _draw_family(axes: Any, members: Sequence[SeedPoint], place: int) -> None:
             widths = [[[max(0.0, span[1] - (x, y)[axis])]] * 2 for axis, span in enumerate(spans) if span is not None]
             axes.errorbar([x], [y], xerr=widths[0], yerr=widths[1], fmt="none", color=colour, elinewidth=0.8, alpha=0.7)
         axes.plot(
-            [x], [y], marker=marker, linestyle="", markersize=8, color=colour, zorder=3,
+            [x], [y], marker=marker, linestyle="", markersize=size, color=colour, zorder=3,
             markerfacecolor=colour if filled else "white", markeredgewidth=1.3,
         )  # fmt: skip
     edge = sorted(point.mean for point in best)

@@ -92,7 +92,7 @@ def _panel_section(
     plot_seed_fronts(
         points, output / figure, attack=worst_case(panel), title=f"{panel.name}: {stage}", samples=len(panel.samples)
     )
-    families = ", ".join(dict.fromkeys(point.family for point in points))
+    families = "; ".join(dict.fromkeys(point.family for point in points))
     caption = (
         f"{panel.name}, {stage}. Large marks are means over seeds, small dots single seeds, whiskers 95 % t-intervals "
         "over seeds (three seeds or more). Filled marks are non-dominated within their family and joined by the edge "

@@ -11,5 +11,5 @@ def points_of(front: Front) -> list[SeedPoint]:
     family, labels = front.family, [method.label for method in front.methods]
     heads = {label.rpartition(" ")[0] for label in labels}
     if len(labels) > 1 and len(heads) == 1 and heads != {""}:
-        family, labels = f"{family}, {heads.pop()}", [label.rpartition(" ")[2] for label in labels]
+        family, labels = f"{family}: {heads.pop()}", [label.rpartition(" ")[2] for label in labels]
     return [SeedPoint(family, label, m.of_seeds) for label, m in zip(labels, front.methods, strict=True)]
