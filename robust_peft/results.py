@@ -140,6 +140,10 @@ def paired_resolved(a_correct: Sequence[bool], b_correct: Sequence[bool], confid
     return mcnemar_p_value(a_correct, b_correct) <= 1 - confidence
 
 
+FEWEST_SEEDS = 3
+"""From so many on a `mean_interval` over seeds is worth showing: that of two is twelve standard errors wide."""
+
+
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
     """Student's t-interval for the mean that the values scatter about, such as accuracies of several seeds.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,9 @@ def guarded(action: Callable[[], Any]) -> int:
             from robust_peft.processes import leave
 
             leave()
+        sys.stdout.flush()  # while a reader's absence can still be told from a mistake
+    except BrokenPipeError as error:
+        return _without_reader() or report_mistake(error)
     except (ValueError, OSError, ImportError, FloatingPointError, KeyError) as error:
         return report_mistake(error)
     except KeyboardInterrupt:
@@ -30,6 +34,16 @@ def guarded(action: Callable[[], Any]) -> int:
         print(said, file=sys.stderr)
         return 130
     return status or 0
+
+
+def _without_reader() -> int:
+    """141, as the shell calls it, where whoever read the output has gone (`... | head`); else 0."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 141
+    return 0
 
 
 def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:

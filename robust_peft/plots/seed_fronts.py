@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from robust_peft.plots.style import DASHES, STYLES, new_figure, save
-from robust_peft.results import mean_interval, non_dominated
+from robust_peft.results import FEWEST_SEEDS, mean_interval, non_dominated
 
 WIDTH, HEIGHT = 5.4, 5.0  # inches: the text stays legible on a phone
 LEGEND_LETTERS, LABEL_LETTERS, AXIS_LETTERS = 58, 22, 52
-FEWEST_FOR_INTERVAL = 3  # the t-interval of two seeds is twelve standard errors wide: their dots say more
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def _draw_family(axes: Any, members: Sequence[SeedPoint], place: int) -> None:
             [100 * a for a, _ in point.of_seeds], [100 * b for _, b in point.of_seeds], linestyle="", marker=".",
             markersize=3, color=colour, alpha=0.6,
         )  # fmt: skip
-        if len(point.of_seeds) >= FEWEST_FOR_INTERVAL:
+        if len(point.of_seeds) >= FEWEST_SEEDS:
             spans = [mean_interval([100 * pair[axis] for pair in point.of_seeds]) for axis in (0, 1)]
             # Never below zero, where all seeds are equal and the two sums differ by rounding.
             widths = [[[max(0.0, span[1] - (x, y)[axis])]] * 2 for axis, span in enumerate(spans) if span is not None]

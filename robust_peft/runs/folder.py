@@ -9,6 +9,7 @@ needed to read a finished run.
 from __future__ import annotations
 
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -133,8 +134,20 @@ def description_of(
         "python": platform.python_version(),
         "versions": _versions(),
         "commit": _commit(),
-        "command": " ".join(sys.argv),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """How this process was called, as one would type it again: without the folder that the interpreter lies in."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py" and called.parent.parent.name == "robust_peft":
+        words = ["python", "-m", f"robust_peft.{called.parent.name}"]
+    elif called.suffix == ".py":
+        words = ["python", sys.argv[0]]
+    else:
+        words = [called.name]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def factory_hash(backbone: str) -> str | None:

@@ -82,7 +82,12 @@ def _call(function: Any, name: str, scale: str | None) -> Any:
         raise ValueError(f"{name} comes in several scales; name one as --scale.")
     if scale is not None and not parameters:
         raise ValueError(f"study() in {name} takes no scale. Found scale = {scale!r}.")
-    return function() if scale is None else function(scale)
+    try:
+        return function() if scale is None else function(scale)
+    except Exception as error:
+        if name in built_in_studies():
+            raise
+        raise ValueError(f"{name}{_line_of(error, Path(name))}: {_said(error)}") from error
 
 
 def _line_of(error: BaseException, path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from robust_peft.files import write_json, write_text
@@ -33,6 +34,7 @@ from robust_peft.studies.report_tables import (
     missing_table,
     worst_case,
 )
+from robust_peft.studies.report_training import trained_with, training_section
 from robust_peft.studies.statistics import MethodResult, Panel, Stage, panels_of
 from robust_peft.studies.study import Study
 
@@ -74,6 +76,7 @@ def write_report(study: Study, records: Sequence[Record], output: str | Path) ->
     title = f"Study {study.name}"
     made = [{**environment, "runs": folders} for environment, folders in environments(records)]
     found_out = numbers(study, records, panels, fronts, methods, output)
+    found_out |= {"trained_with": asdict(trained_with(study))}
     write_json(output / "report.json", {**found_out, "environments": made, "commands": commands(records)})
     write_text(output / "report.md", to_markdown(title, sections))
     return write_text(output / "report.html", to_html(title, sections, output))
@@ -179,6 +182,7 @@ def _other_sections(study: Study, records: Sequence[Record], panels: Sequence[Pa
     ):
         if table is not None:
             sections.append(Section(title, (table,)))
+    sections.append(training_section(study, records))
     sections.append(Section("Where the numbers come from", tuple(origin(study, records, panels, output))))
     return sections
 

@@ -40,7 +40,7 @@ def answer(
     second += [panel for panel in searched if panel.name in names]
     lead = f"{study.question} {_in_short(study, first, second, found)}".strip()
     blocks: list[Block] = [Paragraph(lead, lead=True)]
-    if left := _left(records):
+    if left := _left(study, records):
         blocks.append(Paragraph(left))
     sentences = [f"{_where(p)} {sentence(c)}" for p in (*first, *second) for c in found[p.name, p.stage]]
     sentences += [f"{_where(panel)} {said}" for panel in first for said in _dominated(panel)]
@@ -85,7 +85,8 @@ def interval(ends: tuple[float, float] | None, sign: bool = False) -> str:
     """Fractions as percent: "[1.20, 3.40]", or nothing where there is no interval."""
     if ends is None:
         return ""
-    return f"[{100 * ends[0]:+.2f}, {100 * ends[1]:+.2f}]" if sign else f"[{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]"
+    low, high = (round(100 * end, 2) + 0.0 for end in ends)  # the sum makes a plain zero of -0.00
+    return f"[{low:+.2f}, {high:+.2f}]" if sign else f"[{low:.2f}, {high:.2f}]"
 
 
 def p_value(p: float) -> str:
@@ -131,7 +132,10 @@ def _pair(
 def _outcome(c: Comparison, panel: Panel) -> str:
     seeds = f"{len(c.seeds)} seed{'s' if len(c.seeds) != 1 else ''}"
     figures = f"{100 * c.difference:+.2f} points of hypervolume, 95 % {interval(c.interval, sign=True)}; "
-    figures += f"{STAGES[panel.stage]}, {seeds}"
+    where = f"{STAGES[panel.stage]}, {seeds}"
+    if c.of_first == c.of_second == 0:
+        return f"no model is right under attack, so that there are no fronts to compare ({where})"
+    figures += where
     if c.verdict == "not resolved":
         return f"no difference between the fronts is resolved ({figures})"
     if c.tries is not None and c.size is not None and len(set(c.tries)) > 1:
@@ -196,7 +200,7 @@ METHOD = (
 )
 
 
-def _left(records: Sequence[Record]) -> str:
+def _left(study: Study, records: Sequence[Record]) -> str:
     count = {s: sum(r.status == s for r in records) for s in ("done", "failed", "running", "trained", "waiting")}
     final = [record.confirmation for record in records if record.confirmation is not None]
     sentences = []
@@ -209,6 +213,8 @@ def _left(records: Sequence[Record]) -> str:
     if final.count("done") < len(final):
         failed = f", {final.count('failed')} failed" if "failed" in final else ""
         sentences.append(f"{final.count('done')} of {len(final)} final measurements are done{failed}.")
+    if study.confirm is not None and count["done"] + count["failed"] < len(records):
+        sentences.append("The final measurement is chosen, and shown, once all runs of a panel are measured.")
     return " ".join(["The study is not complete:", *sentences]) if sentences else ""
 
 

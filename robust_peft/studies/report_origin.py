@@ -11,6 +11,7 @@ from robust_peft.studies.records import Record
 from robust_peft.studies.report_blocks import Block, Code, Items, Paragraph, Table
 from robust_peft.studies.report_tables import runs_table
 from robust_peft.studies.statistics import Panel
+from robust_peft.studies.store import other_runs, others_said
 from robust_peft.studies.study import Study
 
 MOST_COMMANDS = 10  # on the page; report.json has them all
@@ -22,11 +23,13 @@ def origin(study: Study, records: Sequence[Record], panels: Sequence[Panel], out
     plans = [f"Seeds: {seeds}."]
     for name, plan in (("Search", study.measure), ("Final measurement", study.confirm)):
         if plan is not None:
-            images = "all images" if plan.limit is None else f"the first {plan.limit} images"
+            images = "all images" if plan.limit is None else f"at most the first {plan.limit} images"
             each = ", each attack on every image" if plan.each else ""
             budgets = f"; at the run's own budget and at {', '.join(plan.eps)}" if plan.eps else ""
             plans.append(f"{name}: {', '.join(plan.attacks)} on {images} of the {plan.split} split{each}{budgets}.")
     blocks: list[Block] = [Items(tuple(plans))]
+    if records and (others := other_runs(study, records[0].folder.parents[1])):
+        blocks.append(Paragraph(others_said(len(others))))
     made = environments(records)
     if made:
         merged: dict[tuple[str, ...], list[tuple[str, int]]] = {}
@@ -41,11 +44,9 @@ def origin(study: Study, records: Sequence[Record], panels: Sequence[Panel], out
             rows.append((str(sum(runs for _, runs in commits)), *cells, said))
         header = ("runs", "device", "processes", "precision", "Python", "versions", "commit")
         blocks.append(Table("What the runs were made with.", header, tuple(rows)))
-        commands = list(dict.fromkeys(e["command"] for e in descriptions(records).values() if e.get("command")))
-        more = (
-            (f"... and {len(commands) - MOST_COMMANDS} more in report.json",) if len(commands) > MOST_COMMANDS else ()
-        )
-        blocks += [Paragraph("Commands:"), Code((*commands[:MOST_COMMANDS], *more))] if commands else []
+        typed = commands(records)
+        more = (f"... and {len(typed) - MOST_COMMANDS} more in report.json",) if len(typed) > MOST_COMMANDS else ()
+        blocks += [Paragraph("Commands:"), Code((*typed[:MOST_COMMANDS], *more))] if typed else []
     return [*blocks, runs_table(panels, records, output)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from robust_peft.results import Accuracy
+from robust_peft.results import wilson_interval
 from robust_peft.studies.comparisons import Comparison
 from robust_peft.studies.records import Record, Verdicts
 from robust_peft.studies.report_answer import STAGES, interval, p_value
@@ -18,7 +18,7 @@ COST = {  # what training took -> its column, and how the number is shown
     "trainable_parameters": ("trainable parameters", lambda n: f"{n:,.0f}"),
     "bytes_on_disk": ("MB on disk", lambda n: f"{n / 1e6:.3g}"),
     "seconds_per_step": ("s per step", lambda n: f"{n:.3g}"),
-    "seconds": ("s in all", lambda n: f"{n:,.0f}"),
+    "seconds": ("s of training", lambda n: f"{n:,.0f}"),
     "peak_memory_bytes": ("peak memory, MB", lambda n: f"{n / 1e6:,.0f}"),
 }
 
@@ -57,16 +57,16 @@ def methods_table(panel: Panel, each: bool, output: Path) -> Table:
         rows.append(tuple(cells))
     caption = (
         f"{panel.name}, {STAGES[panel.stage]}: means over seeds with 95 % t-intervals over seeds, {len(panel.samples)} "
-        "images each; with one seed the 95 % Wilson interval over images."
+        "images each; with one or two seeds the 95 % Wilson interval of the mean over images."
     )
     return Table(caption, (*header, "seeds", "runs by seed"), tuple(rows))
 
 
 def _mean_cell(method: MethodResult, axis: int) -> str:
     ends = method.intervals[axis]
-    if ends is None:
-        verdicts = method.runs[0].adversarial if axis else method.runs[0].standard
-        ends = Accuracy(sum(verdicts.values()), len(verdicts)).interval
+    if ends is None:  # the seeds share their images: two of them are not twice as many
+        total = len(method.runs[0].standard)
+        ends = wilson_interval(round(method.mean[axis] * total), total)
     ends = max(ends[0], 0.0), min(ends[1], 1.0)  # Student's interval of few seeds goes beyond what is possible
     return f"{100 * method.mean[axis]:.2f} {interval(ends)}"
 
@@ -141,7 +141,11 @@ def cost_table(records: Sequence[Record], output: Path) -> Table | None:
             cells.append(COST[key][1](fmean(values)) if values else "")
         rows.append((*cells, tuple(link(record, output, str(record.seed)) for record in mine)))
     header = ("panel", "method", *(COST[key][0] for key in known), "runs by seed")
-    return Table("What training took, means over runs.", header, tuple(rows))
+    caption = (
+        "What training took, means over runs. Seconds are those of the training loop, as it went: other work of the "
+        "machine, such as runs side by side, is in them."
+    )
+    return Table(caption, header, tuple(rows))
 
 
 def audit_table(records: Sequence[Record], output: Path) -> Table | None:
@@ -158,12 +162,20 @@ def audit_table(records: Sequence[Record], output: Path) -> Table | None:
 def failures_table(records: Sequence[Record], output: Path) -> Table | None:
     """Every run that went wrong, with what it said."""
     rows = [
-        (panel_name(r), r.method, (link(r, output, f"seed {r.seed}"),), r.error or "no error was kept")
+        (panel_name(r), r.method, str(r.seed), _links_of_failure(r, output), r.error or "no error was kept")
         for r in records
         if r.status == "failed" or r.error
     ]
-    header = ("panel", "method", "run", "error")
+    header = ("panel", "method", "seed", "files", "error")
     return Table("Runs that failed, or whose final measurement did.", header, tuple(rows)) if rows else None
+
+
+def _links_of_failure(record: Record, output: Path) -> Cell:
+    """What there is to look into: a run that failed early has no folder yet."""
+    trace = record.folder.parents[1] / "points" / record.folder.name / "error.txt"
+    found = [link(record, output, "run")] if record.folder.is_dir() else []
+    found += [Link("error.txt", Path(os.path.relpath(trace, output)).as_posix())] if trace.is_file() else []
+    return tuple(found)
 
 
 def missing_table(records: Sequence[Record]) -> Table | None:
@@ -194,7 +206,8 @@ def runs_table(panels: Sequence[Panel], records: Sequence[Record], output: Path)
         for stage in STAGES:
             run = results.get((record.folder, stage))
             cells += ["", ""] if run is None else [f"{100 * value:.2f}" for value in run.accuracies]
-        rows.append((*cells, (link(record, output, record.folder.name),)))
+        folder = record.folder
+        rows.append((*cells, (link(record, output, folder.name),) if folder.is_dir() else folder.name))
     columns = [f"{kind}, {name}, %" for name in STAGES.values() for kind in ("standard", "adversarial")]
     header = ("panel", "method", "seed", "state", *columns, "run folder")
     return Table(f"All {len(records)} runs with their folders.", header, tuple(rows), folded=True)

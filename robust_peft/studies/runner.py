@@ -43,9 +43,10 @@ def run_study(
         What is known of each point in the end.
 
     Raises:
-        ValueError: If the folder is another study's.
+        ValueError: If the folder is another study's, or an attack's name is none.
     """
     output = Path(output)
+    _check_attacks(study)
     claim_folder(study, output)
     engine = LocalEngine() if engine is None else engine
     deadline = None if time_limit is None else time.monotonic() + time_limit
@@ -81,8 +82,20 @@ def run_point(study: Study, output: str | Path, key: str, *, time_limit: float |
     return "\n".join(said), int(FAILED in outcomes)
 
 
+def _check_attacks(study: Study) -> None:
+    """A misspelt attack is better found before the training than after it."""
+    from robust_peft.studies.work import attacks_by_norm
+
+    for measurement in filter(None, (study.measure, study.confirm)):
+        for own in dict.fromkeys(point.config.threat.norm for point in study.points()):
+            norms = [own, *(norm for norm, _ in measurement.budgets(own))]
+            attacks_by_norm(measurement.attacks, list(dict.fromkeys(norms)))
+
+
 def claim_folder(study: Study, output: Path) -> None:
     """Make the folder a study's, or refuse another's."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file, and no folder for a study. Name another as --output.")
     path = output / "study.json"
     if path.is_file():
         found = read_json(path)["name"]

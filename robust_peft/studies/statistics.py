@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from robust_peft.results import mean_interval, non_dominated
+from robust_peft.results import FEWEST_SEEDS, mean_interval, non_dominated
 from robust_peft.studies.records import Record, Verdicts
 from robust_peft.studies.study import Study
 from robust_peft.studies.survey import counted
@@ -86,7 +86,9 @@ class MethodResult:
 
     @property
     def intervals(self) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
-        """95 % t-intervals over seeds of the two means; None for one seed."""
+        """95 % t-intervals over seeds of the two means; None for fewer than three seeds."""
+        if len(self.runs) < FEWEST_SEEDS:
+            return None, None
         return mean_interval([x for x, _ in self.of_seeds]), mean_interval([y for _, y in self.of_seeds])
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
-from robust_peft.studies.store import CONFIRMED, MEASURED
+from robust_peft.studies.store import CONFIRMED, MEASURED, other_runs, others_said
 from robust_peft.studies.study import Study
 from robust_peft.studies.survey import Finding, survey
 
@@ -30,12 +30,14 @@ def describe_status(study: Study, output: str | Path, *, jobs: int | None = None
         width = max(map(len, names))
         for name in names:
             lines.append(f"  {name:<{width}}  {_counted([f for f in members if f.point.method.name == name])}")
-    return "\n".join([*lines, "", *_failures(findings), time_left(study, findings, jobs)])
+    return "\n".join([*lines, "", *_others(study, output), *_failures(findings), time_left(study, findings, jobs)])
 
 
 def describe_end(findings: list[Finding]) -> str:
     """What `robust_peft.studies.run_study` leaves, with every failure."""
-    return "\n".join([*_failures(findings), _counted(findings)])
+    final = sum(finding.status == "done" and finding.error is not None for finding in findings)
+    more = f"; {final} final measurement{'s' if final != 1 else ''} failed" if final else ""
+    return "\n".join([*_failures(findings), _counted(findings) + more])
 
 
 def time_left(study: Study, findings: list[Finding], jobs: int | None = None) -> str:
@@ -107,5 +109,19 @@ def _confirmation(study: Study, members: list[Finding]) -> str:
 
 
 def _failures(findings: list[Finding]) -> list[str]:
-    found = [finding for finding in findings if finding.error is not None]
-    return [f"FAILED: {finding.point.name}: {finding.error} ({finding.files.notes / 'error.txt'})" for finding in found]
+    """Each error once, with the points that it stopped."""
+    found: dict[str, list[Finding]] = {}
+    for finding in findings:
+        if finding.error is not None:
+            found.setdefault(finding.error, []).append(finding)
+    lines = []
+    for error, members in found.items():
+        first = members[0]
+        more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+        lines.append(f"FAILED: {first.point.name}{more}: {error} ({first.files.notes / 'error.txt'})")
+    return [*lines, "study run --retry-failed tries again what failed."] if lines else []
+
+
+def _others(study: Study, output: str | Path) -> list[str]:
+    count = len(other_runs(study, output))
+    return [others_said(count)] if count else []

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from robust_peft.config import to_dict
 from robust_peft.files import read_json, write_json, write_text
-from robust_peft.studies.study import Measurement, Point
+from robust_peft.studies.study import Measurement, Point, Study
 
 try:
     import fcntl
@@ -192,6 +192,25 @@ class PointFolder:
                 with suppress(ValueError):
                     found.append(json.loads(line))
         return found
+
+
+def other_runs(study: Study, output: str | Path) -> list[str]:
+    """Names of the run folders in a study's folder that none of its points has: an earlier form of the study made them.
+
+    Args:
+        study: The study.
+        output: Its folder; need not exist yet.
+    """
+    folder = Path(output) / "runs"
+    known = {point.folder for point in study.points()}
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path.name for path in found if path.is_dir() and path.name not in known)
+
+
+def others_said(count: int) -> str:
+    """What to say of `other_runs`."""
+    runs = "1 more run lies" if count == 1 else f"{count} more runs lie"
+    return f"{runs} in this folder, made with settings that the study does not have now: left alone and not counted."
 
 
 def plan_of(measurement: Measurement) -> dict[str, Any]:

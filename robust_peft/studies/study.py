@@ -84,9 +84,9 @@ class Measurement:
     def __post_init__(self) -> None:
         if self.split not in ("validation", "test"):
             raise ValueError(f"split should be validation or test. Found split = {self.split!r}.")
-        if "clean" not in self.attacks or len(self.attacks) < 2:
-            raise ValueError(f"attacks should be clean and at least one attack. Found {', '.join(self.attacks)}.")
-        if self.limit is not None and self.limit < 1:
+        if isinstance(self.attacks, str) or "clean" not in self.attacks or len(self.attacks) < 2:
+            raise ValueError(f"attacks should be clean and at least one attack, by name. Found {self.attacks!r}.")
+        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
             raise ValueError(f"limit should be at least 1 or None. Found limit = {self.limit!r}.")
         for text, (norm, eps) in zip(self.eps, self.budgets(""), strict=True):
             if norm not in ("", *NORMS) or as_number(eps) is None or (norm and eps_problem(norm, eps)):
@@ -193,6 +193,8 @@ class Study:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"methods should have different names. Found {', '.join(twice)} more than once.")
+        for name, seeds in (("seeds", self.seeds), *((f"panel_seeds[{k!r}]", v) for k, v in self.panel_seeds.items())):
+            _check_seeds(name, seeds)
         labels = {label for axis in self.axes.values() for label in axis}
         unknown = sorted(set(self.panel_seeds) - labels)
         if unknown:
@@ -302,8 +304,18 @@ def apply_settings(config: RunConfig, settings: Settings) -> RunConfig:
         current = getattr(config, part)
         if given in table and given != getattr(current, key):
             changed[part] = {parameter: None for parameter in table[getattr(current, key)]} | changed[part]
-    parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in changed.items()}
-    return dataclasses.replace(config, **parts, **plain)
+    try:
+        parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in changed.items()}
+        return dataclasses.replace(config, **parts, **plain)
+    except TypeError as error:  # the checks compare what was given, a word with a number
+        raise ValueError(f"A setting has a value of the wrong type ({error}). Found {dict(settings)}.") from error
+
+
+def _check_seeds(name: str, seeds: Any) -> None:
+    """A seed twice would be one run counted twice."""
+    whole = isinstance(seeds, Sequence) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{name} should be different whole numbers, e.g. (0, 1, 2). Found {seeds!r}.")
 
 
 def _plain_form(config: RunConfig) -> RunConfig:

@@ -1,7 +1,10 @@
 """What a run notes about itself."""
 
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import robust_peft
 from robust_peft.runs import folder
@@ -40,3 +43,16 @@ def test_the_commit_is_not_that_of_a_repository_around_the_installed_package(tmp
     monkeypatch.setattr(folder, "__file__", str(copied))
 
     assert folder._commit() is None
+
+
+@pytest.mark.parametrize(
+    ("called", "said"),
+    [
+        (["/opt/env/bin/robust-peft", "study", "run", "my study.py"], "robust-peft study run 'my study.py'"),
+        (["/opt/env/robust_peft/cli/__main__.py", "study"], "python -m robust_peft.cli study"),
+        (["recipes/cub_swin.py", "--seed", "1"], "python recipes/cub_swin.py --seed 1"),
+    ],
+)
+def test_the_command_can_be_typed_again(monkeypatch, called, said):
+    monkeypatch.setattr(sys, "argv", called)
+    assert folder.command_line() == said

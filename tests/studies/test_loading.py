@@ -41,6 +41,12 @@ def test_a_file_imports_what_lies_beside_it(write, tmp_path):
         ("study = (", None, "mine.py, line 1: SyntaxError"),
         ("\n\n1 / 0", None, "mine.py, line 3: ZeroDivisionError"),
         (HEAD + "study = Study(name='a b', methods=[])", None, "mine.py, line 2: name should be of letters"),
+        ("def study():\n    return 1 / 0", None, "mine.py, line 2: ZeroDivisionError"),
+        (
+            HEAD + "def study(): return Study(name='a b', methods=[])",
+            None,
+            "mine.py, line 2: name should be of letters",
+        ),
         (ONE, "tiny", "takes no scale. Found scale = 'tiny'"),
         (HEAD + "def study(): return Study(name='s', methods=[Method('A')])", "tiny", "takes no scale"),
         (SCALED.format(default=""), None, "comes in several scales; name one as --scale"),

@@ -13,7 +13,7 @@ from robust_peft.evaluation import Report
 from robust_peft.runs import run_images
 from robust_peft.studies import Measurement, Method, collect, run_study
 from robust_peft.studies.runner import run_point
-from robust_peft.studies.status import describe_status
+from robust_peft.studies.status import describe_end, describe_status
 from robust_peft.studies.store import PointFolder
 from robust_peft.studies.survey import accuracies
 from robust_peft.studies.work import attacks_by_norm
@@ -94,7 +94,8 @@ def test_a_failing_point_is_kept_with_its_error_and_stops_nothing_else(make_stud
     assert done.status == "done" and done.confirmed
     files = PointFolder(tmp_path / "out", study.points()[0])
     assert "Traceback" in (files.notes / "error.txt").read_text()
-    assert f"FAILED: all, broken, seed 0: {failed.error}" in describe_status(study, tmp_path / "out")
+    said = describe_status(study, tmp_path / "out")
+    assert f"FAILED: all, broken, seed 0: {failed.error}" in said and "--retry-failed tries again" in said
 
     run_study(study, tmp_path / "out", engine=(again := same_process()), say=lambda line: None)
     assert again.tasks == []
@@ -204,6 +205,35 @@ def test_a_run_of_other_settings_is_neither_reused_nor_overwritten(make_study, s
 def test_a_norm_without_an_attack_is_an_error(attacks, norms, message):
     with pytest.raises(ValueError, match=message):
         attacks_by_norm(attacks, norms)
+
+
+def test_a_misspelt_attack_is_found_before_anything_is_trained(make_study, same_process, tmp_path):
+    for name in ("measure", "confirm"):
+        wrong = replace(getattr(make_study(), name), attacks=("clean", "pdg-20"))
+        with pytest.raises(ValueError, match="pdg"):
+            run_study(make_study(**{name: wrong}), tmp_path / "out", engine=same_process())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_folder(make_study, same_process, tmp_path):
+    (tmp_path / "my_study.py").touch()
+    with pytest.raises(ValueError, match=r"my_study.py is a file, and no folder for a study"):
+        run_study(make_study(), tmp_path / "my_study.py", engine=same_process())
+
+
+def test_one_error_of_many_points_is_said_once(make_study, same_process, tmp_path):
+    methods = [Method("broken", f"lam {lam}", {"backbone.name": "net.py:broken", "surgery.lam": lam}) for lam in (0, 1)]
+    methods = [replace(m, settings={"surgery.name": "vanilla", **m.settings}) for m in methods]
+    findings = run_study(make_study(methods=methods), tmp_path / "out", engine=same_process(), say=lambda line: None)
+    said = describe_end(findings)
+    assert said.count(LUCK) == 1 and "broken (lam 0), seed 0 and 1 more: " in said and said.endswith("2 failed")
+
+
+def test_runs_of_other_settings_are_mentioned(make_study, same_process, tmp_path):
+    first, second = (make_study(methods=(Method("CA-AT", settings={"surgery.gamma": g}),)) for g in (0.5, 0.9))
+    run_study(first, tmp_path / "out", engine=same_process(), say=lambda line: None)
+    assert "more run" not in describe_status(first, tmp_path / "out")
+    assert "1 more run lies in this folder, made with settings" in describe_status(second, tmp_path / "out")
 
 
 def test_an_audit_goes_with_the_confirmation(make_study, same_process, tmp_path):

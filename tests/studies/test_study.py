@@ -116,6 +116,11 @@ def test_another_method_drops_the_parameters_of_the_old_one():
         ({"settings": {"optim": 1}}, "Found 'optim'"),
         ({"methods": [Method("A", settings={"surgery.gamma": 2.0})]}, r"s: all, A, seed 0: .*gamma should be in"),
         ({"base": "quickest"}, "preset should be one of"),
+        ({"seeds": 2}, r"seeds should be different whole numbers, e.g. \(0, 1, 2\). Found 2"),
+        ({"seeds": ()}, r"Found \(\)"),
+        ({"seeds": (0, 1, 0)}, r"seeds should be different whole numbers.* Found \(0, 1, 0\)"),
+        ({"seeds": (0.5,)}, "different whole numbers"),
+        ({"settings": {"optim.epochs": "one"}}, "value of the wrong type .*Found {'optim.epochs': 'one'}"),
         ({"confirm_seeds": 0}, "confirm_seeds should be at least 1 or None. Found confirm_seeds = 0"),
     ],
 )
@@ -129,6 +134,8 @@ def test_what_is_wrong_is_said_at_once(arguments, message):
     [
         ({"attacks": ("clean",)}, "clean and at least one attack"),
         ({"attacks": ("pgd-20",)}, "clean and at least one attack"),
+        ({"attacks": "clean, pgd-20"}, "clean and at least one attack, by name. Found 'clean, pgd-20'"),
+        ({"attacks": ("clean", "pgd-20"), "limit": "all"}, "limit should be at least 1 or None. Found limit = 'all'"),
         ({"attacks": ("clean", "pgd-20"), "split": "train"}, "split should be validation or test"),
         ({"attacks": ("clean", "pgd-20"), "limit": 0}, "limit should be at least 1"),
         ({"attacks": ("clean", "pgd-20"), "eps": ("4/0",)}, "Found '4/0'"),

@@ -54,6 +54,8 @@ def test_a_study_of_ones_own_is_short_and_has_both_scales(folder):
     assert len(trial.points()) == 6 and len(full.points()) == 18
     assert f"--array=1-{len(full.points())} " in PAGE
     assert full.points()[0].config.optim.epochs == 40
+    with pytest.raises(ValueError, match="KeyError: 'tiny'"):
+        load_study("my_study.py", "tiny")
 
 
 def test_the_commands_run(folder, same_process, monkeypatch, capsys):

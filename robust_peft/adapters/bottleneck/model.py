@@ -109,8 +109,9 @@ def resolve_targets(model: nn.Module, config: BottleneckConfig) -> list[str]:
         names = find_blocks(model)
         if not names:
             raise ValueError(
-                f"Expected transformer blocks with an attention and an MLP. Found none in {type(model).__name__}. Give "
-                f"target_modules=[...]; its modules with a Linear inside: {list_names(_candidates(model))}."
+                f"Expected transformer blocks with an attention and an MLP. Found none in {type(model).__name__}. "
+                "Other adapters need none (linear, bias, full), or BottleneckConfig(target_modules=[...]) says where; "
+                f"its modules with a Linear inside: {list_names(_candidates(model))}."
             )
     else:
         names = [name for name, _ in own_modules(model) if name and _matches(config.target_modules, name)]

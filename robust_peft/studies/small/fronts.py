@@ -28,5 +28,5 @@ def study(scale: str = "digits") -> Study:
         panel_seeds={"Fashion-MNIST": range(3)} if scale == "all" else {},
         measure=SEARCH,
         confirm=Measurement(("clean", "autoattack"), limit=32, audit=True),
-        confirm_seeds=1,  # four core-minutes a model
+        confirm_seeds=2,  # four core-minutes a model
     )

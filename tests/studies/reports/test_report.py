@@ -18,8 +18,11 @@ from made_up_studies import (
     verdicts,
 )
 
+from robust_peft.config import to_dict
+from robust_peft.results import wilson_interval
 from robust_peft.studies.report import write_report
 from robust_peft.studies.report_blocks import Table
+from robust_peft.studies.report_training import trained_with
 from robust_peft.studies.statistics import panels_of
 from robust_peft.studies.study import Method, Study, grid
 
@@ -304,6 +307,65 @@ def test_where_it_comes_from_is_said(full):
     for words in ("x86_64 CPU", "torch 2.11", "c" * 40, "robust-peft study run front.py", "Seeds: 0, 1, 2, 3, 4, 5.",
                   "first 200 images of the validation split", "passed", "autoattack"):  # fmt: skip
         assert words in text, words
+
+
+def test_what_was_trained_is_said(tmp_path):
+    axes = {"data": {"MNIST": {}, "Fashion-MNIST": {"data.name": "fashion_mnist", "optim.epochs": 3}}}
+    study = Study("s", SMALL, "quickstart", settings={"backbone.name": "net.py:build"}, axes=axes, measure=SEARCH)
+    records = full_records(study, tmp_path)
+    about = json.loads((records[0].folder / "config.json").read_text())
+    (records[0].folder / "config.json").write_text(json.dumps(about | {"images": {"train": 2500, "test": 70}}))
+    _, text = lead_of(study, records, tmp_path / "report")
+    text = text.replace("\\", "")
+    for words in (
+        "the preset quickstart, with the study's changes",
+        "| all runs | backbone | name net.py:build |",
+        "| Fashion-MNIST | optim | epochs 3 |",
+        "| vanilla (lam 0.5) | surgery | name vanilla, lam 0.5 |",
+        "MNIST, images: 2,500 for train, 70 for test.",
+    ):
+        assert words in text, words
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["trained_with"]
+    assert found["common"]["attack"]["name"] == "pgd" and "epochs" not in found["common"]["optim"]
+    assert found["by_panel"]["MNIST"]["data"]["name"] == "digits" and "seed" not in found["common"].get("", {})
+
+
+def test_every_setting_of_every_point_is_found_again_in_what_was_trained(tmp_path):
+    study = full_study()
+    found = trained_with(study)
+    for point in study.points():
+        said = {}
+        for parts in (found.common, found.by_panel[point.panel_name], found.by_method[point.method.name]):
+            said |= {(part, name): value for part, values in parts.items() for name, value in values.items()}
+        for part, values in to_dict(point.config).items():
+            for name, value in (values if isinstance(values, dict) else {part: values}).items():
+                where = part if isinstance(values, dict) else ""
+                if part not in ("evaluation", "seed"):
+                    assert said.get((where, name)) == (None if value in ([], ()) else value), (part, name)
+
+
+def test_the_intervals_of_few_seeds_are_over_images(tmp_path):
+    study = Study("s", SMALL, BASE, measure=SEARCH, seeds=(0, 1))
+    right = {0: 10, 1: 15}
+    seen = lambda p: verdicts([i < right[p.seed] for i in range(24)], ("pgd", [False] * 24))  # noqa: E731
+    lead, text = lead_of(study, records_of(study, tmp_path, seen), tmp_path / "report")
+    low, high = wilson_interval(12, 24)  # of 12.5, to even
+    assert f"52.08 [{100 * low:.2f}, {100 * high:.2f}] |" in text.replace("\\", "")
+    assert "no model is right under attack, so that there are no fronts to compare (search, 2 seeds)" in lead
+    assert "-0.00" not in text
+
+
+def test_a_run_that_failed_early_has_its_error_linked_and_no_folder(tmp_path):
+    study = Study("s", SMALL, BASE, measure=SEARCH)
+    records = records_of(study, tmp_path, lambda p: verdicts([True] * 9, ("pgd", [True] * 9)))
+    records[0] = replace(records[0], status="failed", error="it broke", measured=())
+    notes = tmp_path / "points" / records[0].folder.name
+    notes.mkdir(parents=True)
+    (notes / "error.txt").write_text("Traceback")
+    _, text = lead_of(study, records, tmp_path)
+    assert f"[error.txt](points/{notes.name}/error.txt) | it broke |" in text
+    for target in re.findall(r"\]\((points/[^)]*|runs/[^)]*)\)", text):
+        assert (tmp_path / target).exists() or records[0].folder.name not in target, target
 
 
 def test_the_code_moved_on_while_the_study_ran(tmp_path):
