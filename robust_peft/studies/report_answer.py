@@ -145,7 +145,10 @@ def _outcome(c: Comparison, panel: Panel) -> str:
         said = "its front is"
     said += " better" if c.difference > 0 else " worse"
     if not c.over_seeds:
-        said += f" for these {seeds}' models and other images; {seeds} are too few to speak of the methods"
+        alone = len(c.seeds) == 1
+        whose = "this seed's" if alone else f"these {seeds}'"
+        said += f" for {whose} models and other images; "
+        said += f"{seeds} {'is' if alone else 'are'} too few to speak of the methods"
     if "after Holm" in c.verdict:
         said += ", as a comparison alone but not after Holm's correction"
     return f"{said} ({figures})"

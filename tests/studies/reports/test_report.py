@@ -183,6 +183,11 @@ def test_nothing_is_counted_of_fronts_that_are_not_whole(tmp_path):
     assert "As measured, without a test" not in lead_of(study, records, tmp_path / "b")[1]
 
 
+def test_one_seed_is_one_seed(tmp_path):
+    lead, _ = answered(tmp_path, 20, seeds=1)
+    assert "for this seed's models and other images; 1 seed is too few to speak of the methods" in lead
+
+
 def test_the_search_decides_where_it_has_more_seeds(tmp_path):
     lead, _ = answered(tmp_path, 20, final=-20, final_seeds=2)
     assert lead.index("its front is better") < lead.index("Beside it: its front is worse for these 2 seeds' models")
@@ -320,7 +325,7 @@ def test_what_was_trained_is_said(tmp_path):
     for words in (
         "the preset quickstart, with the study's changes",
         "| all runs | backbone | name net.py:build |",
-        "| Fashion-MNIST | optim | epochs 3 |",
+        "| Fashion-MNIST | data, optim | name fashion_mnist; epochs 3 |",
         "| vanilla (lam 0.5) | surgery | name vanilla, lam 0.5 |",
         "MNIST, images: 2,500 for train, 70 for test.",
     ):
