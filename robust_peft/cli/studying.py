@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -126,16 +129,27 @@ def _run(parsed: Run) -> int:
     study, output = _load(parsed)
     engine = make_engine(parsed.engine, parsed.jobs)
     print(f"{study.name}: {len(study.points())} points, in {output}", flush=True)
-    findings = run_study(
-        study,
-        output,
-        engine=engine,
-        retry_failed=parsed.retry_failed,
-        time_limit=parsed.time_limit,
-        say=lambda line: print(line, flush=True),
-    )
+    with _ended_in_order():
+        findings = run_study(
+            study,
+            output,
+            engine=engine,
+            retry_failed=parsed.retry_failed,
+            time_limit=parsed.time_limit,
+            say=lambda line: print(line, flush=True),
+        )
     print(describe_end(findings))
     return 1 if any(finding.error is not None for finding in findings) else 0
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """A scheduler's SIGTERM ends this process as Ctrl-C does: with those that it started."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _status(parsed: Status) -> None:

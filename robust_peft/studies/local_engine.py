@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from robust_peft.studies.task import BUSY, DONE, FAILED, STOPPED, Task
+
+PATIENCE_SECONDS = 10.0  # for a process that was asked to end
 
 EXIT_CODES = {DONE: 0, FAILED: 10, STOPPED: 11, BUSY: 12}
 
@@ -43,8 +48,9 @@ class LocalEngine:
     def submit(self, task: Task) -> None:
         slot = min(set(range(self.jobs)) - set(self._running))
         process = self._context.Process(target=work_in_process, args=(task, slot, self.jobs))
-        process.start()
-        self._running[slot] = (task, process)
+        with _interrupts_kept_back():
+            process.start()
+            self._running[slot] = (task, process)  # or an interruption would leave it without anybody to end it
 
     def ended(self, timeout: float) -> list[tuple[Task, str]]:
         if not self._running:
@@ -63,8 +69,25 @@ class LocalEngine:
         for _, process in self._running.values():
             process.terminate()
         for _, process in self._running.values():
-            process.join()
+            process.join(PATIENCE_SECONDS)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
         self._running.clear()
+
+
+@contextmanager
+def _interrupts_kept_back() -> Iterator[None]:
+    """Ctrl-C goes to every process of a terminal; only the one that started the others answers it, and ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # it lets signals through again when it is started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what is started now inherits it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _outcome(code: int, output: Path) -> str:
@@ -83,6 +106,7 @@ def work_in_process(task: Task, slot: int, jobs: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # to leave nothing of the system's behind
     write_output_to(task.files.notes / "output.txt")
     share_machine(slot, jobs)
     from robust_peft.studies.work import perform

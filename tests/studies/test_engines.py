@@ -36,11 +36,13 @@ def study(make_study):
     return load_study("study.py")
 
 
-def start(output, *flags):
+def start(output, *flags, **options):
     """`study run` in a session of its own, so that it can be killed with all that it started."""
     command = [sys.executable, "-m", "robust_peft.cli", "study", "run", "study.py", "--output", output, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True, **options
+    )
 
 
 def verdicts(study, output):
@@ -123,6 +125,25 @@ def test_killed_ten_times_at_random_moments_equals_uninterrupted(study, same_pro
     for folder in folders:
         assert verdicts(study, folder) == verdicts(study, "whole")
         assert report(study, folder) == whole
+
+
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_ends_all_processes_and_says_no_more_than_that(study, by, status):
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored it would be so in there too
+    try:
+        process = start("stopped", "--jobs", "2", stderr=subprocess.STDOUT)
+    finally:
+        signal.signal(signal.SIGINT, kept)
+    assert kill_when(process, lambda: events("stopped"), kill=False)
+    if by == signal.SIGINT:
+        os.killpg(process.pid, by)  # as a terminal does
+    else:
+        process.send_signal(by)  # as a scheduler does
+    said, _ = process.communicate(timeout=30)
+    first, *more = said.splitlines()
+    assert process.returncode == status and first.endswith("3 points, in stopped")
+    assert [line[:12] for line in more] == (["Interrupted."] if by == signal.SIGINT else [])
+    assert not any(PointFolder("stopped", point).busy for point in study.points()), "somebody still works"
 
 
 def test_two_at_once_on_one_folder_never_run_a_point_twice(study):
