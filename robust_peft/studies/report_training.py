@@ -24,30 +24,36 @@ class TrainedWith:
     Attributes:
         common: Settings of all runs.
         by_panel: Panel -> settings in which panels differ.
-        by_method: Method -> settings in which methods differ; of the first panel that has the method.
+        by_method: Method -> settings in which methods differ.
+        by_both: "panel, method" -> settings of a method that are not the same in every panel.
     """
 
     common: Parts
     by_panel: dict[str, Parts]
     by_method: dict[str, Parts]
+    by_both: dict[str, Parts]
 
 
 def trained_with(study: Study) -> TrainedWith:
     """What the study's points are trained with, but for the seed. How they are measured is the measurements' matter."""
     points = {(point.panel_name, point.method.name): _flat(to_dict(point.config)) for point in study.points()}
     panels, methods = (list(dict.fromkeys(key[place] for key in points)) for place in (0, 1))
-    found = TrainedWith({}, {panel: {} for panel in panels}, {method: {} for method in methods})
+    found = TrainedWith({}, {panel: {} for panel in panels}, {method: {} for method in methods}, {})
     for name in next(iter(points.values())):
         values = {key: settings[name] for key, settings in points.items()}
         in_panel = {panel: [value for key, value in values.items() if key[0] == panel] for panel in panels}
+        of_method = {method: [value for key, value in values.items() if key[1] == method] for method in methods}
         if _equal(list(values.values())):
             _put(found.common, name, next(iter(values.values())))
         elif all(_equal(of_panel) for of_panel in in_panel.values()):
             for panel, of_panel in in_panel.items():
                 _put(found.by_panel[panel], name, of_panel[0])
+        elif all(_equal(everywhere) for everywhere in of_method.values()):
+            for method, everywhere in of_method.items():
+                _put(found.by_method[method], name, everywhere[0])
         else:
-            for method in methods:
-                _put(found.by_method[method], name, next(value for key, value in values.items() if key[1] == method))
+            for key, value in values.items():
+                _put(found.by_both.setdefault(", ".join(key), {}), name, value)
     return found
 
 
@@ -60,7 +66,7 @@ def training_section(study: Study, records: Sequence[Record]) -> Section:
     if images := _images(records):
         blocks.append(Items(images))
     rows = [("all runs", part or "run", _words(settings)) for part, settings in found.common.items()]
-    for of, parts in (*found.by_panel.items(), *found.by_method.items()):
+    for of, parts in (*found.by_panel.items(), *found.by_method.items(), *found.by_both.items()):
         if parts:
             rows.append((of, ", ".join(part or "run" for part in parts), "; ".join(map(_words, parts.values()))))
     caption = f"Settings of the training: {base}{variant}, with the study's changes. What has no meaning is left out."

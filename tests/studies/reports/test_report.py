@@ -335,18 +335,29 @@ def test_what_was_trained_is_said(tmp_path):
     assert found["by_panel"]["MNIST"]["data"]["name"] == "digits" and "seed" not in found["common"].get("", {})
 
 
-def test_every_setting_of_every_point_is_found_again_in_what_was_trained(tmp_path):
-    study = full_study()
+def mixed_study():
+    """A rate that depends on the panel and, for some methods, on the method."""
+    axes = {"data": {"MNIST": {"optim.lr": 0.1}, "Fashion-MNIST": {"data.name": "fashion_mnist"}}}
+    fast = Method("fast", settings={"surgery.name": "vanilla", "surgery.lam": 0.5, "optim.lr": 0.5})
+    return Study("s", (*SMALL, fast), BASE, axes=axes, seeds=(0, 1))
+
+
+@pytest.mark.parametrize("study", [full_study(), troubled_study(), mixed_study()], ids=lambda study: study.name)
+def test_every_setting_of_every_point_is_found_again_in_what_was_trained(study):
     found = trained_with(study)
     for point in study.points():
+        panel, method = point.panel_name, point.method.name
         said = {}
-        for parts in (found.common, found.by_panel[point.panel_name], found.by_method[point.method.name]):
+        for parts in (found.common, found.by_panel[panel], found.by_method[method]):
             said |= {(part, name): value for part, values in parts.items() for name, value in values.items()}
+        for part, values in found.by_both.get(f"{panel}, {method}", {}).items():
+            said |= {(part, name): value for name, value in values.items()}
         for part, values in to_dict(point.config).items():
             for name, value in (values if isinstance(values, dict) else {part: values}).items():
                 where = part if isinstance(values, dict) else ""
                 if part not in ("evaluation", "seed"):
                     assert said.get((where, name)) == (None if value in ([], ()) else value), (part, name)
+    assert bool(found.by_both) == (study.name == "s")
 
 
 def test_the_intervals_of_few_seeds_are_over_images(tmp_path):
